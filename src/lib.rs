@@ -1,6 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! blkferry: a vhost-user-blk device whose disk can move.
+//!
+//! The library is the daemon `blkferryd` and the client `blkferry`; the binaries only start it. Its rooms are
+//! layers, and imports go down only (`tests/tidy.rs` checks that):
+//!
+//! | layer | room | what is in it |
+//! |---|---|---|
+//! | L0 | [`core`] | decisions: chunk states, sessions, ownership; no I/O, clock, thread or lock |
+//!
+//! [`config`] is data that all may read. docs/ARCHITECTURE.md has the picture and the invariants.
 
 pub mod config;
 pub mod core;
-pub mod node;

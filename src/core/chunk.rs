@@ -180,6 +180,32 @@ pub fn route(geometry: &Geometry, view: ChunkView, access: Access, span: Span) -
     }
 }
 
+/// As [`route`], for a chunk that has nothing of a base image under it: its blocks outside the mask are holes in the
+/// layer. They read as zeros, an edge of a block needs no fill before it is written, and zeroing an untouched chunk
+/// changes nothing. So a disk without a base image never waits.
+#[must_use]
+pub fn route_without_base(geometry: &Geometry, view: ChunkView, access: Access, span: Span) -> Route {
+    let outer = geometry.outer(span);
+    match (access, view.state) {
+        (Access::Read, ChunkState::Base) if view.mask.intersects(outer) => Route::Layer,
+        (Access::Read, ChunkState::Base) => Route::Zeros,
+        (Access::Write, ChunkState::Base) => Route::Modify { before: None, claim: outer },
+        (Access::Zero, ChunkState::Base) if !view.mask.intersects(outer) => Route::Done,
+        (Access::Zero, ChunkState::Base) if geometry.inner(span) != geometry.full_mask(span.chunk) => {
+            Route::Modify { before: None, claim: outer }
+        }
+        (
+            Access::Read | Access::Write | Access::Zero,
+            ChunkState::Base
+            | ChunkState::Zero
+            | ChunkState::Local
+            | ChunkState::Modified
+            | ChunkState::Remote
+            | ChunkState::Installing,
+        ) => route(geometry, view, access, span),
+    }
+}
+
 /// The state of a chunk in `Base` or `Remote` whose mask has grown to `mask`.
 #[must_use]
 pub fn after_claim(state: ChunkState, mask: BlockMask, full: BlockMask) -> ChunkState {
@@ -254,6 +280,24 @@ mod tests {
         for to in [ChunkState::Base, ChunkState::Local, ChunkState::Zero] {
             assert!(check_move(ChunkState::Modified, to).is_err());
         }
+    }
+
+    #[test]
+    fn without_a_base_nothing_is_filled() {
+        let empty = ChunkView { state: ChunkState::Base, mask: BlockMask::EMPTY };
+        let part = ChunkView { state: ChunkState::Base, mask: BlockMask(2) };
+        let at = |view, access, span| route_without_base(&geometry(), view, access, span);
+        assert_eq!(at(empty, Access::Read, span(0, 2048)), Route::Zeros);
+        assert_eq!(at(part, Access::Read, span(0, 2048)), Route::Layer);
+        assert_eq!(at(part, Access::Read, span(2048, 512)), Route::Zeros);
+        let claim = |mask| Route::Modify { before: None, claim: BlockMask(mask) };
+        assert_eq!(at(empty, Access::Write, span(512, 1024)), claim(0b11));
+        assert_eq!(at(empty, Access::Zero, span(0, 64 << 10)), Route::Done);
+        assert_eq!(at(part, Access::Zero, span(2048, 512)), Route::Done);
+        assert_eq!(at(part, Access::Zero, span(1024, 512)), claim(0b10));
+        assert_eq!(at(part, Access::Zero, span(0, 64 << 10)), Route::Punch);
+        let remote = ChunkView { state: ChunkState::Remote, mask: BlockMask::EMPTY };
+        assert_eq!(at(remote, Access::Read, span(0, 512)), Route::Fill);
     }
 
     #[test]

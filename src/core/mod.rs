@@ -9,7 +9,14 @@
 #![warn(clippy::wildcard_enum_match_arm)]
 
 pub mod chunk;
+pub mod destination;
 pub mod geometry;
+pub mod heat;
 pub mod message;
+pub mod ownership;
+pub mod progress;
 pub mod record;
 pub mod set;
+pub mod source;
+pub mod standing;
+pub mod strategy;
