@@ -6,9 +6,11 @@
 //!
 //! | layer | room | what is in it |
 //! |---|---|---|
+//! | L1 | [`wire`] | messages to bytes and back |
 //! | L0 | [`core`] | decisions: chunk states, sessions, ownership; no I/O, clock, thread or lock |
 //!
 //! [`config`] is data that all may read. docs/ARCHITECTURE.md has the picture and the invariants.
 
 pub mod config;
 pub mod core;
+pub mod wire;
