@@ -1,0 +1,496 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One io_uring and the table of the operations that it carries out.
+//!
+//! The hazard is memory: from the moment an entry is in the submission queue until its completion is taken out, the
+//! kernel may read or write the buffer and read the list of segments. Both live in a slot of the table; a slot is
+//! emptied only by its own completion, and dropping the ring first waits for every slot (or, if the kernel refuses
+//! to wait, leaks them).
+//!
+//! A queue thread's ring is set up with `SINGLE_ISSUER | DEFER_TASKRUN`: completions are then worked out inside
+//! `enter`, in the thread that wants them, and not by an interrupt of the guest's vCPU. Such a ring must never be
+//! polled as a descriptor: nothing would run its completions. The companion's ring is polled through an eventfd and
+//! therefore is a plain one.
+//!
+//! Descriptors are polled with multishot `POLL_ADD`, which reports each wake-up and never reads; reading a kick
+//! eventfd would be a system call for each batch, and would make a lost wake-up possible when a poll is armed again.
+
+use super::{Completion, Event, FileId, IoBuf, Op};
+use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+use libc::iovec;
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Most segments in one system call (`UIO_MAXIOV`); a longer list is carried out in several.
+const MAX_SEGMENTS: usize = 1024;
+/// Most bytes of a single-segment entry, whose length is 32 bits wide; the kernel stops below 2 GiB anyway.
+const MAX_TRANSFER: usize = 1 << 30;
+/// Marks the user data of a poll: `POLL | generation << 32 | key`.
+const POLL: u64 = 1 << 63;
+/// User data of entries whose completion means nothing.
+const IGNORE: u64 = u64::MAX;
+const GENERATIONS: u32 = (1 << 31) - 1;
+
+/// Who waits for the ring's completions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Waiter {
+    /// The thread that submits, inside `enter`.
+    Submitter,
+    /// An eventfd.
+    Eventfd,
+}
+
+/// An operation in flight. `iov` is what the kernel reads for a scattered transfer; its heap memory stays where it
+/// is when the table grows.
+#[derive(Default)]
+struct Slot {
+    tag: u64,
+    op: Option<Op>,
+    /// Bytes transferred so far.
+    done: usize,
+    iov: Vec<iovec>,
+    /// The file system cannot zero a range: punch it.
+    punch_instead: bool,
+}
+
+struct Poll {
+    fd: OwnedFd,
+    generation: u32,
+}
+
+/// The ring and its tables; see the module's header.
+pub(super) struct Ring {
+    ring: IoUring,
+    files: Vec<File>,
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    in_flight: u32,
+    backlog: VecDeque<squeue::Entry>,
+    ready: VecDeque<Event>,
+    polls: HashMap<u32, Poll>,
+    generation: u32,
+}
+
+// SAFETY: the raw pointers in `Slot::iov` and `backlog` point into buffers that the slots own, and those are `Send`.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    /// A ring for about `entries` operations at a time; more are queued inside.
+    ///
+    /// # Errors
+    /// The kernel's refusal: no io_uring, a sysctl or seccomp filter against it, or no memory.
+    pub(super) fn new(entries: u32, waiter: Waiter) -> io::Result<Self> {
+        let entries = entries.clamp(8, 4096);
+        let build = |modify: fn(&mut io_uring::Builder)| {
+            let mut builder = IoUring::builder();
+            builder.setup_clamp().setup_cqsize(entries * 4);
+            modify(&mut builder);
+            builder.build(entries)
+        };
+        let plain: fn(&mut io_uring::Builder) = |_| {};
+        let ring = match waiter {
+            Waiter::Eventfd => build(plain)?,
+            Waiter::Submitter => build(|b| {
+                b.setup_submit_all().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
+            })
+            .or_else(|_| {
+                build(|b| {
+                    b.setup_submit_all().setup_coop_taskrun().setup_taskrun_flag();
+                })
+            })
+            .or_else(|_| build(plain))?,
+        };
+        if !ring.params().is_feature_nodrop() || !ring.params().is_feature_ext_arg() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "io_uring of Linux 5.11 or newer is needed",
+            ));
+        }
+        Ok(Self {
+            ring,
+            files: Vec::new(),
+            slots: Vec::new(),
+            free: Vec::new(),
+            in_flight: 0,
+            backlog: VecDeque::new(),
+            ready: VecDeque::new(),
+            polls: HashMap::new(),
+            generation: 0,
+        })
+    }
+
+    /// An eventfd that is signalled at every completion, watched by the tokio runtime that this is called in.
+    pub(super) fn eventfd(&self) -> io::Result<AsyncFd<EventFd>> {
+        let eventfd = EventFd::new(EFD_NONBLOCK)?;
+        self.ring.submitter().register_eventfd(eventfd.as_raw_fd())?;
+        // SAFETY: `EventFd` owns its descriptor, always names the same one, and closes it only when it is dropped.
+        let watched = unsafe { AsyncFd::register_with_interest(eventfd, Interest::READABLE) };
+        watched.map_err(|error| error.into_parts().1)
+    }
+
+    /// Keeps a duplicate of `file`, so that a closed descriptor's number cannot come to mean another file.
+    pub(super) fn register_file(&mut self, file: &File) -> io::Result<FileId> {
+        let id = u32::try_from(self.files.len()).map_err(io::Error::other)?;
+        self.files.push(file.try_clone()?);
+        Ok(FileId(id))
+    }
+
+    pub(super) fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    pub(super) fn submit(&mut self, tag: u64, op: Op) {
+        if self.files.get(op.file().0 as usize).is_none() {
+            let result = Err(io::Error::new(io::ErrorKind::InvalidInput, "a file of another engine"));
+            self.ready.push_back(Event::Done(Completion { tag, result, op }));
+            return;
+        }
+        let index = self.free.pop().or_else(|| {
+            let index = u32::try_from(self.slots.len()).ok()?;
+            self.slots.push(Slot::default());
+            Some(index)
+        });
+        let Some(slot) = index.and_then(|index| self.slots.get_mut(index as usize)) else {
+            let result = Err(io::Error::from(io::ErrorKind::OutOfMemory));
+            self.ready.push_back(Event::Done(Completion { tag, result, op }));
+            return;
+        };
+        (slot.tag, slot.op, slot.done, slot.punch_instead) = (tag, Some(op), 0, false);
+        self.in_flight += 1;
+        self.launch(index.unwrap_or_default());
+    }
+
+    /// Queues the entry for what is left of a slot's operation.
+    fn launch(&mut self, index: u32) {
+        let Some(slot) = self.slots.get_mut(index as usize) else { return };
+        let Some(file) = slot.op.as_ref().and_then(|op| self.files.get(op.file().0 as usize)) else { return };
+        let fd = Fd(file.as_raw_fd());
+        if let Some(entry) = slot.entry(fd) {
+            self.push(entry.user_data(u64::from(index)));
+        }
+    }
+
+    fn push(&mut self, entry: squeue::Entry) {
+        if self.backlog.is_empty() {
+            let mut queue = self.ring.submission();
+            // SAFETY: what the entry points to lives in a slot until its completion is taken out, and `Drop` waits
+            // for that; entries without memory are always fine.
+            if unsafe { queue.push(&entry) }.is_ok() {
+                return;
+            }
+        }
+        self.backlog.push_back(entry);
+    }
+
+    /// Moves as much of the backlog as fits into the submission queue.
+    fn refill(&mut self) {
+        let mut queue = self.ring.submission();
+        while let Some(entry) = self.backlog.front() {
+            // SAFETY: as in `push`.
+            if unsafe { queue.push(entry) }.is_err() {
+                return;
+            }
+            self.backlog.pop_front();
+        }
+    }
+
+    /// Submits everything queued, without waiting. What the kernel does not take now stays queued.
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        loop {
+            self.refill();
+            let taken = tolerate(self.ring.submit())?;
+            if self.backlog.is_empty() || taken == 0 {
+                return Ok(());
+            }
+        }
+    }
+
+    pub(super) fn enter(&mut self, min_complete: u32, timeout: Option<Duration>) -> io::Result<()> {
+        self.refill();
+        if !self.backlog.is_empty() {
+            self.flush()?;
+        }
+        let want = if self.ready.is_empty() { min_complete as usize } else { 0 };
+        let submitter = self.ring.submitter();
+        match timeout {
+            Some(timeout) if want > 0 => {
+                let time = Timespec::from(timeout);
+                tolerate(submitter.submit_with_args(want, &SubmitArgs::new().timespec(&time)))?;
+            }
+            _ => {
+                tolerate(submitter.submit_and_wait(want))?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn next(&mut self) -> Option<Event> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some(event);
+            }
+            let entry = self.ring.completion().next()?;
+            let data = entry.user_data();
+            if data & POLL == 0 {
+                self.settle(data, entry.result());
+            } else if data != IGNORE {
+                self.polled(data, &entry);
+            }
+        }
+    }
+
+    /// Takes note of a completion: the operation is done, or goes on.
+    fn settle(&mut self, data: u64, result: i32) {
+        let Ok(index) = u32::try_from(data) else { return };
+        let Some(slot) = self.slots.get_mut(index as usize) else { return };
+        match slot.progress(result) {
+            None => self.launch(index),
+            Some(result) => {
+                let Some(op) = slot.op.take() else { return };
+                self.ready.push_back(Event::Done(Completion { tag: slot.tag, result, op }));
+                self.free.push(index);
+                self.in_flight -= 1;
+            }
+        }
+    }
+
+    fn polled(&mut self, data: u64, entry: &cqueue::Entry) {
+        let Ok(key) = u32::try_from(data & u64::from(u32::MAX)) else { return };
+        // A completion of a poll that has been taken back says nothing about its successor.
+        let Some(poll) = self.polls.get(&key).filter(|poll| poll_data(key, poll.generation) == data) else {
+            return;
+        };
+        self.ready.push_back(Event::Ready(key));
+        // A poll that ended with a wake-up (the completion queue was full) is armed again. One that failed would
+        // fail again at once; the caller has been told, and its next look at the descriptor shows why.
+        if !cqueue::more(entry.flags()) && (entry.result() >= 0 || entry.result() == -libc::ECANCELED) {
+            let fd = Fd(poll.fd.as_raw_fd());
+            self.push(poll_entry(fd, data));
+        }
+    }
+
+    fn poll_fd(&mut self, fd: BorrowedFd<'_>, key: u32) -> io::Result<()> {
+        self.unpoll(key)?;
+        let fd = fd.try_clone_to_owned()?;
+        self.generation = (self.generation + 1) % GENERATIONS;
+        let data = poll_data(key, self.generation);
+        self.push(poll_entry(Fd(fd.as_raw_fd()), data));
+        self.polls.insert(key, Poll { fd, generation: self.generation });
+        Ok(())
+    }
+
+    fn unpoll(&mut self, key: u32) -> io::Result<()> {
+        let Some(poll) = self.polls.remove(&key) else { return Ok(()) };
+        let entry = opcode::PollRemove::new(poll_data(key, poll.generation)).build().user_data(IGNORE);
+        self.push(entry);
+        self.ready.retain(|event| !matches!(event, Event::Ready(ready) if *ready == key));
+        // Before the duplicate is closed the kernel must have seen every entry that names its number.
+        self.flush()
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        while self.in_flight > 0 {
+            if self.enter(1, None).is_err() {
+                // The kernel may still use the buffers: better lost than written to by surprise.
+                std::mem::forget(std::mem::take(&mut self.slots));
+                return;
+            }
+            while self.next().is_some() {}
+        }
+    }
+}
+
+impl Slot {
+    /// The entry for what is left to do; none for a slot that holds no operation.
+    fn entry(&mut self, fd: Fd) -> Option<squeue::Entry> {
+        let allocate = |offset: u64, len: u64, mode: i32| {
+            let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
+            opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
+        };
+        Some(match self.op.as_ref()? {
+            Op::Sync { .. } => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
+            Op::Punch { offset, len, .. } => allocate(*offset, *len, libc::FALLOC_FL_PUNCH_HOLE),
+            Op::ZeroRange { offset, len, .. } if self.punch_instead => {
+                allocate(*offset, *len, libc::FALLOC_FL_PUNCH_HOLE)
+            }
+            Op::ZeroRange { offset, len, .. } => allocate(*offset, *len, libc::FALLOC_FL_ZERO_RANGE),
+            Op::Read { offset, buf, .. } => {
+                let offset = offset.saturating_add(self.done as u64);
+                match rest(&mut self.iov, buf, self.done) {
+                    (start, len, 1) => opcode::Read::new(fd, start, len).offset(offset).build(),
+                    (_, _, count) => opcode::Readv::new(fd, self.iov.as_ptr(), count).offset(offset).build(),
+                }
+            }
+            Op::Write { offset, buf, .. } => {
+                let offset = offset.saturating_add(self.done as u64);
+                match rest(&mut self.iov, buf, self.done) {
+                    (start, len, 1) => opcode::Write::new(fd, start, len).offset(offset).build(),
+                    (_, _, count) => opcode::Writev::new(fd, self.iov.as_ptr(), count).offset(offset).build(),
+                }
+            }
+        })
+    }
+
+    /// What a completion with `result` means: the operation's end, or `None` when it is to be launched again.
+    fn progress(&mut self, result: i32) -> Option<io::Result<()>> {
+        let Ok(count) = usize::try_from(result) else {
+            return match (-result, self.op.as_ref()) {
+                (libc::EINTR | libc::EAGAIN, _) => None,
+                (libc::EOPNOTSUPP, Some(Op::ZeroRange { .. })) if !self.punch_instead => {
+                    self.punch_instead = true;
+                    None
+                }
+                (errno, _) => Some(Err(io::Error::from_raw_os_error(errno))),
+            };
+        };
+        let (len, nothing) = match self.op.as_ref() {
+            Some(Op::Read { buf, .. }) => (buf.len(), io::ErrorKind::UnexpectedEof),
+            Some(Op::Write { buf, .. }) => (buf.len(), io::ErrorKind::WriteZero),
+            _ => return Some(Ok(())),
+        };
+        self.done = self.done.saturating_add(count);
+        if self.done >= len {
+            Some(Ok(()))
+        } else if count == 0 {
+            Some(Err(nothing.into()))
+        } else {
+            None
+        }
+    }
+}
+
+/// Lists in `iov` the segments of `buf` after its first `done` bytes; returns the first one and their number.
+fn rest(iov: &mut Vec<iovec>, buf: &IoBuf, done: usize) -> (*mut u8, u32, u32) {
+    iov.clear();
+    let mut skip = done;
+    for segment in buf.segments() {
+        if skip >= segment.iov_len {
+            skip -= segment.iov_len;
+            continue;
+        }
+        let iov_base = segment.iov_base.cast::<u8>().wrapping_add(skip).cast();
+        iov.push(iovec { iov_base, iov_len: segment.iov_len - skip });
+        skip = 0;
+        if iov.len() == MAX_SEGMENTS {
+            break;
+        }
+    }
+    let Some(first) = iov.first() else { return (std::ptr::null_mut(), 0, 1) };
+    let len = u32::try_from(first.iov_len.min(MAX_TRANSFER)).unwrap_or(0);
+    (first.iov_base.cast(), len, u32::try_from(iov.len()).unwrap_or(1))
+}
+
+fn poll_data(key: u32, generation: u32) -> u64 {
+    POLL | u64::from(generation) << 32 | u64::from(key)
+}
+
+fn poll_entry(fd: Fd, data: u64) -> squeue::Entry {
+    let events = u32::try_from(libc::POLLIN).unwrap_or(1);
+    opcode::PollAdd::new(fd, events).multi(true).build().user_data(data)
+}
+
+/// Results of `enter` that only mean: look at the completions, then come again.
+fn tolerate(result: io::Result<usize>) -> io::Result<usize> {
+    match result {
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN)
+            ) =>
+        {
+            Ok(0)
+        }
+        other => other,
+    }
+}
+
+/// A queue thread's engine. It must be made, used and dropped in one thread; dropping it waits for what is in
+/// flight.
+pub struct UringEngine {
+    ring: Ring,
+    /// Not `Send`: the kernel lets only the thread that made the ring submit and wait.
+    here: PhantomData<*const ()>,
+}
+
+impl UringEngine {
+    /// An engine for about `entries` operations at a time (8 to 4096); more are queued inside.
+    ///
+    /// # Errors
+    /// The kernel's refusal: io_uring missing, switched off or older than Linux 5.11, or no memory.
+    pub fn new(entries: u32) -> io::Result<Self> {
+        Ok(Self { ring: Ring::new(entries, Waiter::Submitter)?, here: PhantomData })
+    }
+
+    /// Makes a file known; the engine keeps a duplicate of its descriptor.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn register_file(&mut self, file: &File) -> io::Result<FileId> {
+        self.ring.register_file(file)
+    }
+
+    /// Queues an operation; it starts at the next [`enter`](Self::enter). Its [`Completion`] carries `tag`.
+    pub fn submit(&mut self, tag: u64, op: Op) {
+        self.ring.submit(tag, op);
+    }
+
+    /// Reports every wake-up of `fd` (readable, or failed) as [`Event::Ready`] with `key`, until
+    /// [`unpoll`](Self::unpoll); the descriptor is never read. It is reported at once if it is readable now. A poll
+    /// under the same key is replaced. The engine keeps a duplicate. Poll far fewer descriptors than the engine was
+    /// made for operations: when all wake-ups together overflow the completion queue, polls are armed in vain.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn poll_fd(&mut self, fd: BorrowedFd<'_>, key: u32) -> io::Result<()> {
+        self.ring.poll_fd(fd, key)
+    }
+
+    /// Stops the reports under `key`; none comes after this, not even one that was due.
+    ///
+    /// # Errors
+    /// The kernel refused to take entries.
+    pub fn unpoll(&mut self, key: u32) -> io::Result<()> {
+        self.ring.unpoll(key)
+    }
+
+    /// Submits what is queued and waits, in one system call, until `min_complete` completions are there, or
+    /// `timeout` has passed. Wake-ups of polled descriptors count too. It may return early (a signal, a full
+    /// completion queue): drain [`next`](Self::next) and decide again. With 0 it does not wait.
+    ///
+    /// # Errors
+    /// The ring is unusable.
+    pub fn enter(&mut self, min_complete: u32, timeout: Option<Duration>) -> io::Result<()> {
+        self.ring.enter(min_complete, timeout)
+    }
+
+    /// The next event, if one is there; no system call. Drain it before each [`enter`](Self::enter).
+    #[allow(clippy::should_implement_trait, reason = "the caller submits between two events: no iterator")]
+    pub fn next(&mut self) -> Option<Event> {
+        self.ring.next()
+    }
+
+    /// Number of file operations queued or being carried out; polls do not count.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.ring.in_flight()
+    }
+}
+
+impl std::fmt::Debug for UringEngine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "UringEngine({} in flight)", self.in_flight())
+    }
+}
+
+#[cfg(test)]
+#[path = "uring_tests.rs"]
+mod tests;
