@@ -6,6 +6,7 @@
 //!
 //! | layer | room | what is in it |
 //! |---|---|---|
+//! | L2 | [`store`] | bytes at rest: layer, chunk map, records, base image |
 //! | L1 | [`engine`] | file I/O on io_uring whose operations own their buffers |
 //! | L1 | [`wire`] | messages to bytes and back |
 //! | L0 | [`core`] | decisions: chunk states, sessions, ownership; no I/O, clock, thread or lock |
@@ -15,4 +16,5 @@
 pub mod config;
 pub mod core;
 pub mod engine;
+pub mod store;
 pub mod wire;

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The local layer: one sparse file as long as the volume, or an adopted raw image.
+//!
+//! Byte n of the volume is byte n of the file. What no state of the chunk map calls valid is never read, so the file
+//! needs no other structure, and an adopted image stays a plain image that any other program can read. Holes are
+//! needed (`Zero` is one), so a file system that cannot punch them is refused at once and not at the first discard.
+
+use super::error::StoreError;
+use rustix::fs::{FallocateFlags, fallocate};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Name of the file in the state directory.
+pub(super) const NAME: &str = "layer";
+
+/// The local layer of a volume.
+#[derive(Debug)]
+pub struct Layer {
+    file: File,
+    path: PathBuf,
+    size: u64,
+    adopted: bool,
+}
+
+impl Layer {
+    /// Makes the sparse file of a new volume; its name becomes durable with the folder.
+    pub(super) fn create(path: &Path, size: u64) -> Result<(), StoreError> {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path);
+        let file = file.map_err(StoreError::io("create", path))?;
+        file.set_len(size).and_then(|()| file.sync_all()).map_err(StoreError::io("grow", path))
+    }
+
+    /// Opens a layer that must have `size` bytes.
+    pub(super) fn open(path: &Path, size: u64, adopted: bool) -> Result<Self, StoreError> {
+        let file =
+            OpenOptions::new().read(true).write(true).open(path).map_err(StoreError::io("open", path))?;
+        let metadata = file.metadata().map_err(StoreError::io("examine", path))?;
+        let refuse = |detail: String| StoreError::Layer { path: path.to_owned(), detail };
+        if !metadata.is_file() {
+            return Err(refuse("it is not a regular file".to_owned()));
+        }
+        if metadata.len() != size {
+            return Err(refuse(format!("it has {} bytes, the volume has {size}", metadata.len())));
+        }
+        let layer = Self { file, path: path.to_owned(), size, adopted };
+        // Past the end: this asks whether holes are possible and changes nothing.
+        layer
+            .punch(size, 4096)
+            .map_err(|error| refuse(format!("its file system cannot punch holes: {error}")))?;
+        Ok(layer)
+    }
+
+    /// Size of an image that is to be adopted.
+    pub(super) fn adoptable(path: &Path) -> Result<u64, StoreError> {
+        let metadata = std::fs::metadata(path).map_err(StoreError::io("open", path))?;
+        if !metadata.is_file() {
+            let detail = "only a regular file can be adopted".to_owned();
+            return Err(StoreError::Layer { path: path.to_owned(), detail });
+        }
+        Ok(metadata.len())
+    }
+
+    /// The open file, to be registered with engines.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where the file is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Size of the volume, and of the file, in bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether it is an image that was there before the volume.
+    #[must_use]
+    pub fn is_adopted(&self) -> bool {
+        self.adopted
+    }
+
+    /// Makes a range a hole, at once and in this thread. For opening and wiping; guest I/O goes through an engine.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        loop {
+            match fallocate(&self.file, flags, offset, len) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => return other.map_err(io::Error::from),
+            }
+        }
+    }
+
+    /// `fdatasync`, at once and in this thread.
+    ///
+    /// # Errors
+    /// The kernel's. After one, what was written before may be lost although a later sync succeeds.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}

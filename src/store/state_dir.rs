@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The claim on a state directory: one daemon at a time, and only a directory that is ours.
+//!
+//! The lock is an flock on the file `lock`: the kernel gives it up with the process, however that ends, so there are
+//! no stale locks. The pid in the file only makes the refusal readable. A pid file alone was rejected: pids come
+//! again.
+
+use super::error::StoreError;
+use super::medium::{Directory, Folder, TEMPORARY};
+use super::superblock::{self, Superblock};
+use super::{checkpoint, journal, layer, record, remaining};
+use rustix::fs::{FlockOperation, flock};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+const LOCK: &str = "lock";
+
+/// A state directory that this process holds until it is dropped.
+pub struct StateDir {
+    path: PathBuf,
+    folder: Arc<dyn Folder>,
+    /// Only held; closing it gives the lock up.
+    _lock: File,
+}
+
+impl std::fmt::Debug for StateDir {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "StateDir({})", self.path.display())
+    }
+}
+
+impl StateDir {
+    /// Claims a directory; makes it if it is missing.
+    ///
+    /// # Errors
+    /// `InUse` when another daemon has it, `Foreign` when it holds files that are not a volume's, `Io`.
+    pub fn claim(path: &Path) -> Result<Self, StoreError> {
+        std::fs::create_dir_all(path).map_err(StoreError::io("make", path))?;
+        let folder = Directory::open(path).map_err(StoreError::io("open", path))?;
+        let names = folder.list().map_err(StoreError::io("list", path))?;
+        if let Some(foreign) = names.iter().find(|name| !is_ours(name)) {
+            return Err(StoreError::foreign(path, format!("holds {foreign}, which is no file of a volume")));
+        }
+        let lock = lock(path)?;
+        Ok(Self { path: path.to_owned(), folder: Arc::new(folder), _lock: lock })
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What volume it holds, if it holds one.
+    ///
+    /// # Errors
+    /// [`StoreError`]: the superblock is damaged, foreign or of another version.
+    pub fn superblock(&self) -> Result<Option<Superblock>, StoreError> {
+        Superblock::load(self.folder.as_ref())
+    }
+
+    pub(super) fn folder(&self) -> &Arc<dyn Folder> {
+        &self.folder
+    }
+
+    /// Removes what is left of the making of a volume that was cut off, unless there is data in it.
+    pub(super) fn clear_remains(&self) -> Result<(), StoreError> {
+        let data = std::fs::metadata(self.path.join(layer::NAME)).is_ok_and(|layer| layer.blocks() > 0);
+        if data {
+            let path = self.folder.path(superblock::NAME);
+            return Err(StoreError::corrupt(&path, "it is missing, and the layer holds data"));
+        }
+        let names = self.folder.list().map_err(StoreError::io("list", &self.path))?;
+        for name in names.iter().filter(|name| *name != LOCK) {
+            self.folder.remove(name).map_err(StoreError::io("remove", &self.folder.path(name)))?;
+        }
+        self.folder.sync_dir().map_err(StoreError::io("sync", &self.path))
+    }
+}
+
+/// Whether a file of this name can be a volume's.
+fn is_ours(name: &str) -> bool {
+    let name = name.strip_suffix(TEMPORARY).unwrap_or(name);
+    let numbered = name.split_once('.').and_then(|(_, number)| number.parse::<u64>().ok());
+    match numbered {
+        Some(number) => name == journal::name(number) || name == checkpoint::name(number),
+        None => [superblock::NAME, layer::NAME, record::NAME, remaining::NAME, LOCK].contains(&name),
+    }
+}
+
+fn lock(dir: &Path) -> Result<File, StoreError> {
+    let path = dir.join(LOCK);
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(StoreError::io("open", &path))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut text = String::new();
+            // Only for the message: the holder may be writing it right now.
+            let known = file.read_to_string(&mut text).is_ok() && !text.trim().is_empty();
+            let pid = if known { text.trim().to_owned() } else { "?".to_owned() };
+            return Err(StoreError::InUse { path: dir.to_owned(), pid });
+        }
+        Err(errno) => return Err(StoreError::io("lock", &path)(errno.into())),
+    }
+    let mut named = || {
+        file.set_len(0)?;
+        writeln!(file, "{}", std::process::id())
+    };
+    named().map_err(StoreError::io("write", &path))?;
+    Ok(file)
+}
