@@ -6,6 +6,7 @@
 //!
 //! | layer | room | what is in it |
 //! |---|---|---|
+//! | L3 | [`volume`] | the guest's I/O path: chunk table, ports, captures and installs |
 //! | L2 | [`store`] | bytes at rest: layer, chunk map, records, base image |
 //! | L1 | [`engine`] | file I/O on io_uring whose operations own their buffers |
 //! | L1 | [`wire`] | messages to bytes and back |
@@ -17,4 +18,5 @@ pub mod config;
 pub mod core;
 pub mod engine;
 pub mod store;
+pub mod volume;
 pub mod wire;

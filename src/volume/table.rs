@@ -1,0 +1,748 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The concurrent skin over `core::chunk`: one atomic word a chunk, and a side table for the few that need more.
+//!
+//! ```text
+//! bit 0..3 state | 3 slow | 4..24 writes in flight | 24..64 version
+//! ```
+//!
+//! A chunk that nobody has touched is 0: `Base`, no writes, version 0. So the table is `calloc`ed and costs memory
+//! only where the disk is used. `slow` is set exactly while the chunk has an [`Entry`] in the side table (a mask, a
+//! holder, somebody waiting). Without it nothing but the word matters: a read is one load, a write one
+//! compare-and-swap, and no lock is taken.
+//!
+//! # Who may change what
+//! *State, mask and `slow`* change only under the lock of the chunk's shard. *Writes in flight and version* change
+//! by atomic read-modify-write, with or without it. So under the lock the word may still move, but only in those two
+//! fields, and only as long as `slow` is clear: a writer enters by a compare-and-swap on the *whole* word, which
+//! fails when `slow` or the state has changed since it was routed.
+//!
+//! # A holder against writers
+//! Whoever wants a chunk alone sets `slow` first. A writer's compare-and-swap either came before that, and the
+//! returned word counts it, or it fails, and the writer comes to the lock. The last writer to leave sees `slow` in
+//! the word that its own subtraction returns, and takes the lock to hand the chunk over. Both are operations on one
+//! atomic, so they have one order; no fence is needed.
+//!
+//! # Versions: a capture against writers
+//! The version moves at the start *and* at the end of a write, so a capture that overlapped a write has a smaller
+//! version than every capture that did not: a torn copy can never replace a clean one at the destination. A capture
+//! is clean if no write was in flight when it began and the version is the same when it ends. In `Remote` the
+//! version is the one of the source's copy that was installed last, or 0, and writes leave it alone: such a chunk is
+//! not captured, and its version decides whether an arriving copy is too old.
+//!
+//! # The journal
+//! A transition is noted *before* it is published, under the lock of its shard. If it were published first, another
+//! queue could write on the strength of it and acknowledge that write while the journal knows nothing. The lock
+//! makes the order of records about one chunk the order in which they became true; records are absolute, so that
+//! order is all that recovery needs. The note is a buffered append, never a sync.
+//!
+//! # Memory ordering
+//! All operations on words are sequentially consistent. The tracker relies on it ("publish, then look whether it is
+//! armed" against "arm, then look at the table"), and on x86 it costs nothing over acquire and release for loads
+//! and read-modify-writes, which are the only operations used.
+
+use super::event::Origin;
+use super::tracker::zeroed;
+use super::waiters::{Claimant, Parked, Seat, Waiter, Wake};
+use crate::core::chunk::{self, Access, ChunkState, ChunkView, IllegalMove, Route, after_claim, check_move};
+use crate::core::geometry::{BlockMask, ChunkId, Geometry, Span};
+use crate::core::message::Version;
+use crate::store::Transition;
+use parking_lot::{Mutex, MutexGuard};
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+const STATE: u64 = 0b111;
+const SLOW: u64 = 1 << 3;
+const WRITER: u64 = 1 << 4;
+const WRITERS: u64 = 0xf_ffff << 4;
+const VERSION_SHIFT: u32 = 24;
+const VERSION: u64 = 1 << VERSION_SHIFT;
+const SHARDS: u32 = 64;
+
+/// Where transitions are noted: the store's chunk map, or a test's list.
+pub(super) trait Notes: Send + Sync {
+    /// Appends the transitions, in this order, so that they survive a crash of the process.
+    fn note(&self, transitions: &[Transition]) -> io::Result<()>;
+}
+
+/// Why a chunk could not change.
+#[derive(Debug, Error)]
+pub enum TableError {
+    /// A bug: the move is not in the table of legal moves.
+    #[error(transparent)]
+    Illegal(#[from] IllegalMove),
+    /// The journal could not be written; nothing has changed.
+    #[error("the chunk map cannot be written: {0}")]
+    Note(#[from] io::Error),
+}
+
+/// A chunk as one consistent look shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Look {
+    /// Its state.
+    pub(super) state: ChunkState,
+    /// What it is for recovery: `state`, or what a holder found it in.
+    pub(super) lasting: ChunkState,
+    pub(super) mask: BlockMask,
+    pub(super) version: Version,
+    pub(super) writers: u64,
+}
+
+/// What an access may do now.
+#[derive(Debug)]
+pub(super) enum Begun {
+    /// Read the layer.
+    Layer,
+    /// The answer is zeros.
+    Zeros,
+    /// Nothing is to be done.
+    Done,
+    /// Write the layer; a write is counted. When it has completed, `publish` the claim if it is not empty, then
+    /// `end_write`.
+    Write { claim: BlockMask },
+    /// Punch the layer, then `finish`.
+    Punch(Exclusive),
+    /// Wait for `Wake::Retry` (or `Wake::Granted` for a punch). The first that needs content raises the demand.
+    Parked { demand: Option<Origin> },
+}
+
+/// Blocks that a completed write made valid.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Claim {
+    pub(super) chunk: ChunkId,
+    pub(super) blocks: BlockMask,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Hold {
+    was: ChunkState,
+    punch: bool,
+}
+
+/// What a chunk needs beyond its word.
+#[derive(Debug, Default)]
+struct Entry {
+    mask: BlockMask,
+    hold: Option<Hold>,
+    claimants: VecDeque<(Claimant, bool)>,
+    parked: Vec<Parked>,
+    demanded: bool,
+}
+
+impl Entry {
+    fn is_idle(&self) -> bool {
+        self.mask.is_empty() && self.hold.is_none() && self.claimants.is_empty() && self.parked.is_empty()
+    }
+
+    fn take_parked(&mut self, which: impl Fn(&Parked) -> bool) -> Vec<Waiter> {
+        let (out, stay) = std::mem::take(&mut self.parked).into_iter().partition(|parked| which(parked));
+        self.parked = stay;
+        self.demanded &= self.parked.iter().any(|parked| parked.fill);
+        Vec::into_iter(out).map(|parked: Parked| parked.waiter).collect()
+    }
+}
+
+type Shard = HashMap<ChunkId, Entry>;
+
+/// Wake-ups that are due when the lock has been let go. Dropping an [`Exclusive`] takes the lock again, so none may
+/// be dropped under it.
+#[derive(Debug, Default)]
+struct Due {
+    wakes: Vec<Waiter>,
+    grant: Option<(Claimant, Exclusive)>,
+}
+
+impl Due {
+    fn fire(self) {
+        self.wakes.into_iter().for_each(Waiter::wake);
+        if let Some((claimant, exclusive)) = self.grant {
+            claimant.grant(exclusive);
+        }
+    }
+}
+
+/// The chunk table of a volume; see the module's header.
+pub(super) struct Table {
+    geometry: Geometry,
+    /// Chunks from this one on have nothing of a base image under them.
+    based: u32,
+    words: Box<[AtomicU64]>,
+    shards: Box<[Mutex<Shard>]>,
+    notes: Arc<dyn Notes>,
+}
+
+impl std::fmt::Debug for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Table({} chunks)", self.words.len())
+    }
+}
+
+fn state_of(word: u64) -> ChunkState {
+    // 3 bits, of which only values of `ChunkState` are ever stored.
+    u8::try_from(word & STATE).ok().and_then(ChunkState::from_number).unwrap_or(ChunkState::Installing)
+}
+
+fn with_state(word: u64, state: ChunkState) -> u64 {
+    word & !STATE | state as u64
+}
+
+fn version_of(word: u64) -> Version {
+    Version(word >> VERSION_SHIFT)
+}
+
+fn with_version(word: u64, version: Version) -> u64 {
+    word & (VERSION - 1) | version.0 << VERSION_SHIFT
+}
+
+fn writers_of(word: u64) -> u64 {
+    (word & WRITERS) / WRITER
+}
+
+/// The word after a step of its version; 40 bits wrap, and no write rate reaches that within one migration.
+fn bumped(word: u64) -> u64 {
+    if state_of(word) == ChunkState::Remote { word } else { word.wrapping_add(VERSION) }
+}
+
+fn update(word: &AtomicU64, change: impl Fn(u64) -> u64) -> u64 {
+    word.fetch_update(SeqCst, SeqCst, |now| Some(change(now))).unwrap_or_else(|now| now)
+}
+
+impl Table {
+    /// All chunks `Base`. The first `based` chunks have some of a base image under them.
+    pub(super) fn new(geometry: Geometry, based: u32, notes: Arc<dyn Notes>) -> Self {
+        Self {
+            geometry,
+            based,
+            words: zeroed(geometry.chunk_count() as usize),
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            notes,
+        }
+    }
+
+    /// Sets a chunk as recovery found it; for the time before anybody else has the table.
+    pub(super) fn restore(&self, transition: &Transition) {
+        let Some(word) = self.words.get(transition.chunk.index()) else { return };
+        let slow = if transition.mask.is_empty() { 0 } else { SLOW };
+        let version = transition.version.0 << VERSION_SHIFT;
+        word.store(version | slow | transition.state as u64, SeqCst);
+        if slow != 0 {
+            let entry = Entry { mask: transition.mask, ..Entry::default() };
+            self.shard(transition.chunk).insert(transition.chunk, entry);
+        }
+    }
+
+    /// Whether some of the base image lies under the chunk.
+    pub(super) fn has_base(&self, chunk: ChunkId) -> bool {
+        chunk.0 < self.based
+    }
+
+    fn shard(&self, chunk: ChunkId) -> MutexGuard<'_, Shard> {
+        self.shards[(chunk.0 % SHARDS) as usize].lock()
+    }
+
+    fn word(&self, chunk: ChunkId) -> &AtomicU64 {
+        // Requests, messages and records are checked against the geometry where they come in.
+        &self.words[chunk.index()]
+    }
+
+    fn entry<'a>(&self, shard: &'a mut Shard, chunk: ChunkId) -> &'a mut Entry {
+        self.word(chunk).fetch_or(SLOW, SeqCst);
+        shard.entry(chunk).or_default()
+    }
+
+    fn route(&self, view: ChunkView, access: Access, span: Span) -> Route {
+        if self.has_base(span.chunk) {
+            chunk::route(&self.geometry, view, access, span)
+        } else {
+            chunk::route_without_base(&self.geometry, view, access, span)
+        }
+    }
+
+    /// Routes an access and, where it can go on, enters it.
+    ///
+    /// # Errors
+    /// [`TableError`]; nothing has changed.
+    pub(super) fn begin(
+        self: &Arc<Self>,
+        access: Access,
+        span: Span,
+        seat: Seat<'_>,
+    ) -> Result<Begun, TableError> {
+        let word = self.word(span.chunk);
+        let mut seen = word.load(SeqCst);
+        while seen & SLOW == 0 {
+            let view = ChunkView { state: state_of(seen), mask: BlockMask::EMPTY };
+            match self.route(view, access, span) {
+                Route::Layer => return Ok(Begun::Layer),
+                Route::Zeros => return Ok(Begun::Zeros),
+                Route::Done => return Ok(Begun::Done),
+                Route::Modify { before: None, claim } => {
+                    match word.compare_exchange_weak(seen, bumped(seen + WRITER), SeqCst, SeqCst) {
+                        Ok(_) => return Ok(Begun::Write { claim }),
+                        Err(now) => seen = now,
+                    }
+                }
+                Route::Modify { before: Some(_), .. } | Route::Punch | Route::Fill | Route::Wait => break,
+            }
+        }
+        self.begin_slow(access, span, seat)
+    }
+
+    fn begin_slow(self: &Arc<Self>, access: Access, span: Span, seat: Seat<'_>) -> Result<Begun, TableError> {
+        let chunk = span.chunk;
+        let mut shard = self.shard(chunk);
+        let seen = self.word(chunk).load(SeqCst);
+        let (view, contended) = Self::view(seen, shard.get(&chunk));
+        let waiter = || Waiter::Piece(Arc::clone(seat.waker), seat.piece);
+        let fill = match self.route(view, access, span) {
+            Route::Layer => return Ok(Begun::Layer),
+            Route::Zeros => return Ok(Begun::Zeros),
+            Route::Done => return Ok(Begun::Done),
+            Route::Punch => {
+                let claimant = Claimant::Piece(Arc::clone(seat.waker), seat.piece);
+                let granted = self.claim_alone(&mut shard, chunk, claimant, true)?;
+                return Ok(granted.map_or(Begun::Parked { demand: None }, Begun::Punch));
+            }
+            // Somebody waits for the writes in flight to end: no new ones.
+            Route::Modify { .. } if contended => false,
+            Route::Modify { before, claim } => {
+                self.enter_write(chunk, seen, before)?;
+                return Ok(Begun::Write { claim });
+            }
+            Route::Fill => true,
+            Route::Wait => false,
+        };
+        let entry = self.entry(&mut shard, chunk);
+        entry.parked.push(Parked { fill, waiter: waiter() });
+        let first = fill && !entry.demanded;
+        entry.demanded |= fill;
+        let origin = if view.state == ChunkState::Remote { Origin::Source } else { Origin::Base };
+        Ok(Begun::Parked { demand: first.then_some(origin) })
+    }
+
+    /// What routing sees of a chunk under its lock, and whether somebody waits to hold it.
+    fn view(seen: u64, entry: Option<&Entry>) -> (ChunkView, bool) {
+        let state = state_of(seen);
+        let Some(entry) = entry else { return (ChunkView { state, mask: BlockMask::EMPTY }, false) };
+        let dropped = entry.hold.is_some_and(|hold| hold.punch);
+        let mask = if dropped { BlockMask::EMPTY } else { entry.mask };
+        (ChunkView { state, mask }, !entry.claimants.is_empty())
+    }
+
+    /// Counts a write in, after entering the state that must be true before it. The caller holds the lock.
+    fn enter_write(&self, chunk: ChunkId, seen: u64, before: Option<ChunkState>) -> Result<(), TableError> {
+        if let Some(state) = before {
+            check_move(state_of(seen), state)?;
+            let version = version_of(bumped(seen));
+            self.notes.note(&[Transition { chunk, state, mask: BlockMask::EMPTY, version }])?;
+        }
+        update(self.word(chunk), |word| {
+            let word = before.map_or(word, |state| with_state(word, state));
+            bumped(word + WRITER)
+        });
+        Ok(())
+    }
+
+    /// A write has ended, well or not.
+    pub(super) fn end_write(self: &Arc<Self>, chunk: ChunkId) {
+        let before = update(self.word(chunk), |word| bumped(word.wrapping_sub(WRITER)));
+        if before & SLOW != 0 && writers_of(before) == 1 {
+            let mut due = Due::default();
+            self.settle(&mut self.shard(chunk), chunk, &mut due);
+            due.fire();
+        }
+    }
+
+    /// Publishes the claims of completed writes: one note for all of them. Returns the chunks that were `Remote` and
+    /// are whole now. The writes stay counted: call [`end_write`](Self::end_write) for each afterwards.
+    ///
+    /// # Errors
+    /// [`TableError`]: none of the claims has been published.
+    pub(super) fn publish(self: &Arc<Self>, claims: &[Claim]) -> Result<Vec<ChunkId>, TableError> {
+        let mut wanted: Vec<(ChunkId, BlockMask)> = claims.iter().map(|c| (c.chunk, c.blocks)).collect();
+        wanted.sort_unstable_by_key(|(chunk, _)| *chunk);
+        wanted.dedup_by(|next, first| {
+            let same = next.0 == first.0;
+            if same {
+                first.1 = first.1.union(next.1);
+            }
+            same
+        });
+        let mut shards = Locked::all_of(self, wanted.iter().map(|(chunk, _)| *chunk));
+        let mut moves = Vec::with_capacity(wanted.len());
+        for (chunk, blocks) in wanted {
+            let word = self.word(chunk).load(SeqCst);
+            let mask = shards.of(chunk).get(&chunk).map_or(BlockMask::EMPTY, |entry| entry.mask);
+            let (state, grown) = (state_of(word), mask.union(blocks));
+            let after = after_claim(state, grown, self.geometry.full_mask(chunk));
+            // Whole already, by another write: nothing to add.
+            if !matches!(state, ChunkState::Base | ChunkState::Remote) || grown == mask {
+                continue;
+            }
+            check_move(state, after)?;
+            let mask = if after == state { grown } else { BlockMask::EMPTY };
+            let version = version_of(word);
+            moves.push((state, Transition { chunk, state: after, mask, version }));
+        }
+        let (overwritten, dues) = self.apply(&mut shards, &moves)?;
+        drop(shards);
+        dues.into_iter().for_each(Due::fire);
+        Ok(overwritten)
+    }
+
+    /// Changes those of a run of chunks for which `wanted` says how, with one note. Chunks that are held, waited for
+    /// or written are left alone and returned.
+    ///
+    /// # Errors
+    /// [`TableError`]: no chunk of the run has changed.
+    pub(super) fn change(
+        self: &Arc<Self>,
+        run: std::ops::Range<u32>,
+        wanted: impl Fn(Transition) -> Option<Transition>,
+    ) -> Result<Vec<ChunkId>, TableError> {
+        let mut shards = Locked::all_of(self, run.clone().map(ChunkId));
+        let (mut moves, mut busy) = (Vec::new(), Vec::new());
+        for chunk in run.clone().map(ChunkId) {
+            // `slow` lets no writer in without the lock: what is seen here stays true while it is held.
+            let word = self.word(chunk).fetch_or(SLOW, SeqCst);
+            let entry = shards.of(chunk).get(&chunk);
+            let mask = entry.map_or(BlockMask::EMPTY, |entry| entry.mask);
+            let free = entry.is_none_or(|entry| entry.hold.is_none() && entry.claimants.is_empty());
+            let state = state_of(word);
+            if !free || writers_of(word) > 0 {
+                busy.push(chunk);
+            } else if let Some(to) = wanted(Transition { chunk, state, mask, version: version_of(word) }) {
+                moves.push((state, to));
+            }
+        }
+        // Nobody can come between: the same as to hold each chunk for a moment.
+        let legal = moves.iter().filter(|(from, to)| *from != to.state).try_for_each(|(from, to)| {
+            check_move(*from, ChunkState::Installing)?;
+            check_move(ChunkState::Installing, to.state)
+        });
+        let applied = legal.map_err(TableError::from).and_then(|()| self.apply(&mut shards, &moves));
+        if applied.is_ok() {
+            for (_, to) in &moves {
+                update(self.word(to.chunk), |word| with_version(word, to.version));
+            }
+        }
+        for chunk in run.map(ChunkId) {
+            self.tidy(shards.of(chunk), chunk);
+        }
+        drop(shards);
+        applied?.1.into_iter().for_each(Due::fire);
+        Ok(busy)
+    }
+
+    /// Everything untouched again, for a volume that has just been wiped. Writes in flight stay counted.
+    pub(super) fn reset(&self) {
+        let mut wakes = Vec::new();
+        let all: Vec<_> = self.shards.iter().map(|shard| shard.lock()).collect();
+        for word in &self.words {
+            // Most have never been touched: do not give them memory.
+            if word.load(SeqCst) != 0 {
+                update(word, |word| word & WRITERS);
+            }
+        }
+        for mut shard in all {
+            wakes.extend(shard.drain().flat_map(|(_, mut entry)| entry.take_parked(|_| true)));
+        }
+        wakes.into_iter().for_each(Waiter::wake);
+    }
+
+    /// Notes and publishes moves of chunks whose shards are locked. Returns the chunks that were `Remote` and are
+    /// whole now, and what to fire when the locks have been let go.
+    fn apply(
+        self: &Arc<Self>,
+        shards: &mut Locked<'_>,
+        moves: &[(ChunkState, Transition)],
+    ) -> Result<(Vec<ChunkId>, Vec<Due>), TableError> {
+        let (mut overwritten, mut dues) = (Vec::new(), Vec::new());
+        if moves.is_empty() {
+            return Ok((overwritten, dues));
+        }
+        let transitions: Vec<Transition> = moves.iter().map(|(_, transition)| *transition).collect();
+        self.notes.note(&transitions)?;
+        for (from, to) in moves {
+            let shard = shards.of(to.chunk);
+            update(self.word(to.chunk), |word| with_state(word, to.state));
+            let mut due = Due::default();
+            if !to.mask.is_empty() {
+                self.entry(shard, to.chunk).mask = to.mask;
+            } else if let Some(entry) = shard.get_mut(&to.chunk) {
+                entry.mask = BlockMask::EMPTY;
+            }
+            if to.state != *from
+                && let Some(entry) = shard.get_mut(&to.chunk)
+            {
+                due.wakes = entry.take_parked(|_| true);
+            }
+            if (*from, to.state) == (ChunkState::Remote, ChunkState::Modified) {
+                overwritten.push(to.chunk);
+            }
+            self.settle(shard, to.chunk, &mut due);
+            dues.push(due);
+        }
+        Ok((overwritten, dues))
+    }
+
+    /// Clears `slow` and forgets the entry when nothing is left in it. The caller holds the lock.
+    fn tidy(&self, shard: &mut Shard, chunk: ChunkId) {
+        if shard.get(&chunk).is_none_or(Entry::is_idle) {
+            shard.remove(&chunk);
+            self.word(chunk).fetch_and(!SLOW, SeqCst);
+        }
+    }
+
+    /// Gives the chunk to who waits to hold it, if it is free; forgets the entry when nothing is left in it.
+    fn settle(self: &Arc<Self>, shard: &mut Shard, chunk: ChunkId, due: &mut Due) {
+        let Some(entry) = shard.get_mut(&chunk) else { return };
+        let free = entry.hold.is_none() && writers_of(self.word(chunk).load(SeqCst)) == 0;
+        if free && let Some((claimant, punch)) = entry.claimants.pop_front() {
+            due.grant = Some((claimant, self.hold(entry, chunk, punch)));
+        } else {
+            self.tidy(shard, chunk);
+        }
+    }
+
+    fn hold(self: &Arc<Self>, entry: &mut Entry, chunk: ChunkId, punch: bool) -> Exclusive {
+        let word = update(self.word(chunk), |word| {
+            with_state(if punch { bumped(word) } else { word }, ChunkState::Installing)
+        });
+        let was = state_of(word);
+        entry.hold = Some(Hold { was, punch });
+        Exclusive {
+            table: Arc::clone(self),
+            chunk,
+            was,
+            mask: entry.mask,
+            version: version_of(word),
+            punch,
+            held: true,
+        }
+    }
+
+    /// Holds the chunk now, or queues the claimant.
+    fn claim_alone(
+        self: &Arc<Self>,
+        shard: &mut Shard,
+        chunk: ChunkId,
+        claimant: Claimant,
+        punch: bool,
+    ) -> Result<Option<Exclusive>, TableError> {
+        let entry = self.entry(shard, chunk);
+        // `slow` is set: from here on this number only falls.
+        let word = self.word(chunk).load(SeqCst);
+        if entry.hold.is_none() && entry.claimants.is_empty() && writers_of(word) == 0 {
+            check_move(state_of(word), ChunkState::Installing)?;
+            return Ok(Some(self.hold(entry, chunk, punch)));
+        }
+        entry.claimants.push_back((claimant, punch));
+        Ok(None)
+    }
+
+    /// Holds a chunk alone: new writers park, and the ones in flight are waited for. Dropping the future gives up.
+    ///
+    /// # Errors
+    /// [`TableError::Illegal`], which would be a bug.
+    pub(super) async fn begin_exclusive(self: &Arc<Self>, chunk: ChunkId) -> Result<Exclusive, TableError> {
+        let (sender, receiver) = oneshot::channel();
+        let granted = self.claim_alone(&mut self.shard(chunk), chunk, Claimant::Task(sender), false)?;
+        match granted {
+            Some(exclusive) => Ok(exclusive),
+            // The sender is only dropped with the table, which `self` keeps.
+            None => {
+                receiver.await.map_err(|_| TableError::Note(io::Error::other("the chunk table has gone")))
+            }
+        }
+    }
+
+    /// When somebody holds the chunk: what to wait for before looking again.
+    pub(super) fn when_free(&self, chunk: ChunkId) -> Option<oneshot::Receiver<()>> {
+        let mut shard = self.shard(chunk);
+        let entry = shard.get_mut(&chunk).filter(|entry| entry.hold.is_some())?;
+        let (sender, receiver) = oneshot::channel();
+        entry.parked.push(Parked { fill: false, waiter: Waiter::Task(sender) });
+        Some(receiver)
+    }
+
+    /// Takes a piece out of whatever list of the chunk it waits in; it may also be named in an inbox by now.
+    pub(super) fn unpark(self: &Arc<Self>, chunk: ChunkId, seat: Seat<'_>) {
+        let mut due = Due::default();
+        let mut shard = self.shard(chunk);
+        if let Some(entry) = shard.get_mut(&chunk) {
+            entry.take_parked(|parked| parked.waiter.is(seat.waker, seat.piece));
+            entry.claimants.retain(|(claimant, _)| {
+                !matches!(claimant, Claimant::Piece(w, p) if Arc::ptr_eq(w, seat.waker) && *p == seat.piece)
+            });
+            // Those that parked because of that claimant may go on.
+            if entry.claimants.is_empty() && entry.hold.is_none() {
+                due.wakes = entry.take_parked(|parked| !parked.fill);
+            }
+            self.settle(&mut shard, chunk, &mut due);
+        }
+        drop(shard);
+        due.fire();
+    }
+
+    /// Fails the pieces that wait for content of the chunk; returns how many.
+    pub(super) fn fail_waiters(self: &Arc<Self>, chunk: ChunkId) -> usize {
+        let mut due = Due::default();
+        let mut shard = self.shard(chunk);
+        let failed =
+            shard.get_mut(&chunk).map_or(Vec::new(), |entry| entry.take_parked(|parked| parked.fill));
+        self.settle(&mut shard, chunk, &mut due);
+        drop(shard);
+        due.fire();
+        let count = failed.len();
+        for waiter in failed {
+            if let Waiter::Piece(waker, piece) = waiter {
+                waker.post(Wake::Fail(piece));
+            }
+        }
+        count
+    }
+
+    /// One consistent look at a chunk.
+    pub(super) fn look(&self, chunk: ChunkId) -> Look {
+        let word = self.word(chunk).load(SeqCst);
+        if word & SLOW == 0 {
+            return Self::seen(word, None);
+        }
+        let shard = self.shard(chunk);
+        Self::seen(self.word(chunk).load(SeqCst), shard.get(&chunk))
+    }
+
+    fn seen(word: u64, entry: Option<&Entry>) -> Look {
+        let state = state_of(word);
+        Look {
+            state,
+            lasting: entry.and_then(|entry| entry.hold).map_or(state, |hold| hold.was),
+            mask: entry.map_or(BlockMask::EMPTY, |entry| entry.mask),
+            version: version_of(word),
+            writers: writers_of(word),
+        }
+    }
+
+    /// The chunk as a record for a checkpoint. Always under the lock: a transition that was noted in the journal that
+    /// the checkpoint replaces, but is not published yet, would be lost.
+    pub(super) fn record(&self, chunk: ChunkId) -> Transition {
+        let shard = self.shard(chunk);
+        let look = Self::seen(self.word(chunk).load(SeqCst), shard.get(&chunk));
+        Transition { chunk, state: look.lasting, mask: look.mask, version: look.version }
+    }
+}
+
+/// The locks of several shards, taken in rising order so that two threads cannot wait for each other.
+struct Locked<'a>(Vec<(u32, MutexGuard<'a, Shard>)>);
+
+impl<'a> Locked<'a> {
+    fn all_of(table: &'a Table, chunks: impl Iterator<Item = ChunkId>) -> Self {
+        // 64 shards: one bit each.
+        let wanted = BlockMask(chunks.fold(0, |bits, chunk| bits | 1u64 << (chunk.0 % SHARDS)));
+        let guards = wanted.runs().flatten().map(|n| (n, table.shards[n as usize].lock()));
+        Self(guards.collect())
+    }
+
+    fn of(&mut self, chunk: ChunkId) -> &mut Shard {
+        let at = self.0.partition_point(|(n, _)| *n < chunk.0 % SHARDS);
+        // Locked by `all_of` for every chunk that is asked for.
+        &mut self.0[at].1
+    }
+}
+
+/// A chunk held alone. Dropping it gives the chunk back as it was.
+#[derive(Debug)]
+pub(super) struct Exclusive {
+    table: Arc<Table>,
+    chunk: ChunkId,
+    was: ChunkState,
+    mask: BlockMask,
+    version: Version,
+    punch: bool,
+    held: bool,
+}
+
+impl Exclusive {
+    /// The chunk.
+    pub(super) fn chunk(&self) -> ChunkId {
+        self.chunk
+    }
+
+    /// What it was when it was taken, with its mask and version.
+    pub(super) fn was(&self) -> (ChunkState, BlockMask, Version) {
+        (self.was, self.mask, self.version)
+    }
+
+    /// Notes and publishes what the chunk is now, and lets go. Without a version it keeps its own (a punch counts
+    /// as a write).
+    ///
+    /// # Errors
+    /// [`TableError`]: the chunk has been given back as it was.
+    pub(super) fn finish(
+        mut self,
+        state: ChunkState,
+        mask: BlockMask,
+        version: Option<Version>,
+    ) -> Result<(), TableError> {
+        check_move(ChunkState::Installing, state)?;
+        let table = Arc::clone(&self.table);
+        let mut shard = table.shard(self.chunk);
+        let punch = self.punch;
+        let next = move |word: u64| match version {
+            Some(version) => with_state(with_version(word, version), state),
+            None if punch => with_state(bumped(word), state),
+            None => with_state(word, state),
+        };
+        let noted = version_of(next(table.word(self.chunk).load(SeqCst)));
+        if let Err(error) = table.notes.note(&[Transition { chunk: self.chunk, state, mask, version: noted }])
+        {
+            // Before `self` is dropped, which locks the shard.
+            drop(shard);
+            return Err(error.into());
+        }
+        self.held = false;
+        let mut due = Due::default();
+        let entry = table.entry(&mut shard, self.chunk);
+        entry.mask = mask;
+        entry.hold = None;
+        due.wakes = entry.take_parked(|_| true);
+        update(table.word(self.chunk), next);
+        table.settle(&mut shard, self.chunk, &mut due);
+        drop(shard);
+        due.fire();
+        Ok(())
+    }
+}
+
+impl Drop for Exclusive {
+    /// Gives the chunk back. Pieces that wait for its content stay parked: whoever fills tries again.
+    fn drop(&mut self) {
+        if !self.held {
+            return;
+        }
+        let table = Arc::clone(&self.table);
+        let mut due = Due::default();
+        let mut shard = table.shard(self.chunk);
+        let (was, punch) = (self.was, self.punch);
+        update(table.word(self.chunk), |word| {
+            // A punch that failed may have changed the content.
+            let word = with_state(word, was);
+            if punch { bumped(word) } else { word }
+        });
+        let entry = table.entry(&mut shard, self.chunk);
+        entry.hold = None;
+        due.wakes = entry.take_parked(|parked| !parked.fill);
+        table.settle(&mut shard, self.chunk, &mut due);
+        drop(shard);
+        due.fire();
+    }
+}
+
+#[cfg(test)]
+#[path = "table_tests.rs"]
+mod tests;

@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The volume: what queue threads and the companion thread share.
+//!
+//! Everything here may be used from any thread. Queue threads come through a `Port` each, the companion thread
+//! through one `Transfer`. The volume itself decides nothing: routes are `core::chunk`'s, ownership is `node`'s.
+
+use super::event::{VolumeEvent, VolumeEvents};
+use super::gate::{FlushGate, Gate, Ports};
+use super::request::{RequestOp, Status};
+use super::table::{Notes, Table};
+use super::tracker::{DirtyCallback, Tracker};
+use crate::core::chunk::ChunkState;
+use crate::core::geometry::{ChunkId, Geometry, Span};
+use crate::core::message::Version;
+use crate::store::{ChunkMap, Store, Transition};
+use parking_lot::Mutex;
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use tokio::sync::mpsc;
+
+/// What a volume is opened with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VolumeOptions {
+    /// The guest may not write.
+    pub read_only: bool,
+    /// Write-back (true): a guest flush makes writes durable; write-through (false): every write is when it ends.
+    pub write_cache: bool,
+}
+
+/// Guest requests and bytes since the volume was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct IoTotals {
+    /// Read requests.
+    pub reads: u64,
+    /// Write requests.
+    pub writes: u64,
+    /// Flushes.
+    pub flushes: u64,
+    /// Discards and write-zeroes.
+    pub zeroes: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+}
+
+/// Number of chunks in each state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StateCounts {
+    /// Untouched, or written in part over the base image.
+    pub base: u64,
+    /// Zeroed.
+    pub zero: u64,
+    /// Copies of the base.
+    pub local: u64,
+    /// Differing from the base.
+    pub modified: u64,
+    /// At the migration source.
+    pub remote: u64,
+    /// Being filled or punched.
+    pub installing: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    reads: AtomicU64,
+    writes: AtomicU64,
+    flushes: AtomicU64,
+    zeroes: AtomicU64,
+    errors: AtomicU64,
+    read_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+}
+
+/// A volume; see the module's header.
+pub struct Volume {
+    geometry: Geometry,
+    options: VolumeOptions,
+    store: Arc<Store>,
+    table: Arc<Table>,
+    tracker: Tracker,
+    ports: Arc<Ports>,
+    gate: Gate,
+    flush_gate: FlushGate,
+    write_cache: AtomicBool,
+    counters: Counters,
+    events: mpsc::UnboundedSender<VolumeEvent>,
+    faulty: AtomicBool,
+    fault: Mutex<Option<String>>,
+}
+
+impl std::fmt::Debug for Volume {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Volume({} bytes)", self.geometry.size())
+    }
+}
+
+/// The journal, as the table sees it.
+struct Journal(Arc<Store>);
+
+impl Notes for Journal {
+    fn note(&self, transitions: &[Transition]) -> io::Result<()> {
+        self.0.map.note(transitions)
+    }
+}
+
+impl Volume {
+    /// Opens a volume on what the store recovered. Both gates are as at a start: guest I/O closed, flushes open.
+    /// `dirty` is called when the armed tracker has something to drain.
+    ///
+    /// # Errors
+    /// The layer's: ranges that recovery must make zeros cannot be punched.
+    pub fn open(
+        store: Store,
+        options: VolumeOptions,
+        dirty: DirtyCallback,
+    ) -> io::Result<(Arc<Self>, VolumeEvents)> {
+        let geometry = store.geometry();
+        let base_len = store.base.as_ref().map_or(0, |base| base.len());
+        let based = u32::try_from(base_len.div_ceil(u64::from(geometry.chunk_size()))).unwrap_or(u32::MAX);
+        let store = Arc::new(store);
+        let table = Arc::new(Table::new(geometry, based, Arc::new(Journal(Arc::clone(&store)))));
+        store.recovered.iter().for_each(|transition| table.restore(&transition));
+        super::recovery::make_holes(&store, &table, geometry)?;
+        let (events, receiver) = mpsc::unbounded_channel();
+        let ports = Arc::new(Ports::default());
+        let volume = Self {
+            geometry,
+            options,
+            store,
+            table,
+            tracker: Tracker::new(geometry, dirty),
+            gate: Gate::new(Arc::clone(&ports)),
+            flush_gate: FlushGate::new(Arc::clone(&ports)),
+            ports,
+            write_cache: AtomicBool::new(options.write_cache),
+            counters: Counters::default(),
+            events,
+            faulty: AtomicBool::new(false),
+            fault: Mutex::new(None),
+        };
+        Ok((Arc::new(volume), receiver))
+    }
+
+    /// Size and chunk size.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Whether the guest may not write.
+    #[must_use]
+    pub fn read_only(&self) -> bool {
+        self.options.read_only
+    }
+
+    /// What the volume stands on.
+    #[must_use]
+    pub fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// May guest I/O be done.
+    #[must_use]
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// May guest flushes be answered.
+    #[must_use]
+    pub fn flush_gate(&self) -> &FlushGate {
+        &self.flush_gate
+    }
+
+    /// Write tracking.
+    #[must_use]
+    pub fn tracker(&self) -> &Tracker {
+        &self.tracker
+    }
+
+    /// Write-back (true) or write-through (virtio 1.2, 5.2.5: the `writeback` field).
+    #[must_use]
+    pub fn write_cache(&self) -> bool {
+        self.write_cache.load(Ordering::Acquire)
+    }
+
+    /// Switches between write-back and write-through, for requests that end from now on. What was completed under
+    /// write-back before becomes durable with the next flush.
+    pub fn set_write_cache(&self, on: bool) {
+        self.write_cache.store(on, Ordering::Release);
+    }
+
+    /// Wakes all queue threads.
+    pub fn wake_all(&self) {
+        self.ports.wake_all();
+    }
+
+    /// The version of a chunk now; a chunk with a write in flight has one that no capture will have.
+    #[must_use]
+    pub fn version(&self, chunk: ChunkId) -> Option<Version> {
+        self.geometry.has(chunk).then(|| self.table.look(chunk).version)
+    }
+
+    /// The state of a chunk now.
+    #[must_use]
+    pub fn state(&self, chunk: ChunkId) -> Option<ChunkState> {
+        self.geometry.has(chunk).then(|| self.table.look(chunk).state)
+    }
+
+    /// Counts the states of all chunks: one look at each.
+    #[must_use]
+    pub fn counts(&self) -> StateCounts {
+        let mut counts = StateCounts::default();
+        for chunk in self.geometry.chunks() {
+            let count = match self.table.look(chunk).state {
+                ChunkState::Base => &mut counts.base,
+                ChunkState::Zero => &mut counts.zero,
+                ChunkState::Local => &mut counts.local,
+                ChunkState::Modified => &mut counts.modified,
+                ChunkState::Remote => &mut counts.remote,
+                ChunkState::Installing => &mut counts.installing,
+            };
+            *count += 1;
+        }
+        counts
+    }
+
+    /// Requests and bytes since the volume was opened.
+    #[must_use]
+    pub fn io(&self) -> IoTotals {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let c = &self.counters;
+        IoTotals {
+            reads: get(&c.reads),
+            writes: get(&c.writes),
+            flushes: get(&c.flushes),
+            zeroes: get(&c.zeroes),
+            errors: get(&c.errors),
+            read_bytes: get(&c.read_bytes),
+            written_bytes: get(&c.written_bytes),
+        }
+    }
+
+    /// What is wrong with the volume, in words. A faulty volume goes on serving reads and writes, and fails every
+    /// flush: it no longer knows what would survive.
+    #[must_use]
+    pub fn fault(&self) -> Option<String> {
+        self.fault.lock().clone()
+    }
+
+    pub(super) fn is_faulty(&self) -> bool {
+        self.faulty.load(Ordering::Acquire)
+    }
+
+    /// Marks the volume faulty; only the first reason is kept and told.
+    pub(super) fn fail(&self, reason: &str) {
+        let mut fault = self.fault.lock();
+        if fault.is_none() {
+            log::error!("the volume is faulty: {reason}");
+            *fault = Some(reason.to_owned());
+            self.faulty.store(true, Ordering::Release);
+            self.tell(VolumeEvent::Fault(reason.to_owned()));
+        }
+    }
+
+    /// The layer could not be synced. The kernel forgets which pages it could not write, so a later sync would lie.
+    pub(super) fn layer_lost(&self, error: &io::Error) {
+        self.fail(&format!("the layer cannot be synced, and what was written to it may be lost: {error}"));
+    }
+
+    pub(super) fn tell(&self, event: VolumeEvent) {
+        // Nobody listens any more: the companion has ended, and the daemon with it.
+        drop(self.events.send(event));
+    }
+
+    pub(super) fn table(&self) -> &Arc<Table> {
+        &self.table
+    }
+
+    pub(super) fn ports(&self) -> &Ports {
+        &self.ports
+    }
+
+    pub(super) fn map(&self) -> &ChunkMap {
+        &self.store.map
+    }
+
+    pub(super) fn layer_file(&self) -> &File {
+        self.store.layer.file()
+    }
+
+    /// Where a span is in the layer: at the same place as in the volume.
+    pub(super) fn offset(&self, span: Span) -> u64 {
+        self.geometry.chunk_start(span.chunk) + u64::from(span.start)
+    }
+
+    pub(super) fn count(&self, op: RequestOp, len: u64, status: Status) {
+        let add = |counter: &AtomicU64, n| {
+            counter.fetch_add(n, Ordering::Relaxed);
+        };
+        if status != Status::Ok {
+            add(&self.counters.errors, 1);
+        }
+        match op {
+            RequestOp::Read => {
+                add(&self.counters.reads, 1);
+                add(&self.counters.read_bytes, len);
+            }
+            RequestOp::Write => {
+                add(&self.counters.writes, 1);
+                add(&self.counters.written_bytes, len);
+            }
+            RequestOp::Zero { .. } => add(&self.counters.zeroes, 1),
+            RequestOp::Flush => add(&self.counters.flushes, 1),
+        }
+    }
+}
