@@ -7,6 +7,7 @@
 //! | layer | room | what is in it |
 //! |---|---|---|
 //! | L4 | [`frontend`] | the hypervisor's side: vhost-user messages, virtqueues, dirty log |
+//! | L4 | [`peer`] | the other daemon's side: one migration connection |
 //! | L3 | [`volume`] | the guest's I/O path: chunk table, ports, captures and installs |
 //! | L2 | [`store`] | bytes at rest: layer, chunk map, records, base image |
 //! | L1 | [`engine`] | file I/O on io_uring whose operations own their buffers |
@@ -19,6 +20,7 @@ pub mod config;
 pub mod core;
 pub mod engine;
 pub mod frontend;
+pub mod peer;
 pub mod store;
 pub mod volume;
 pub mod wire;
