@@ -6,6 +6,7 @@
 //!
 //! | layer | room | what is in it |
 //! |---|---|---|
+//! | L5 | [`node`] | the companion thread: the one owner of the volume's role |
 //! | L4 | [`frontend`] | the hypervisor's side: vhost-user messages, virtqueues, dirty log |
 //! | L4 | [`peer`] | the other daemon's side: one migration connection |
 //! | L3 | [`volume`] | the guest's I/O path: chunk table, ports, captures and installs |
@@ -20,6 +21,7 @@ pub mod config;
 pub mod core;
 pub mod engine;
 pub mod frontend;
+pub mod node;
 pub mod peer;
 pub mod store;
 pub mod volume;

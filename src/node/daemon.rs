@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Start and end of a daemon: opens what it serves, starts its threads, runs the node.
+//!
+//! Order matters. The state directory is locked and opened first: a second daemon, a foreign directory or a torn file
+//! must be refused before anything listens. The front-end's socket comes before the record is acted on, since a
+//! destination's hypervisor blocks until it is connected. The gate is closed until the role is known.
+
+use super::NodeError;
+use super::holds::Holds;
+use super::input::Input;
+use super::jobs::Jobs;
+use super::node::{Node, RoleDriver};
+use super::report::Report;
+use super::status::{ChunkCounts, Command, NodeHandle, Snapshot};
+use crate::config::Config;
+use crate::core::geometry::ChunkId;
+use crate::core::message::{Epoch, Hello, Message};
+use crate::core::record::{DestinationRecord, DestinationStage, MigrationRecord, Role, SourceStage};
+use crate::core::set::ChunkSet;
+use crate::engine::CompanionEngine;
+use crate::frontend::features;
+use crate::frontend::server::{Frontend, Options};
+use crate::peer::{LinkEvent, LinkOptions, ListenParams, Listener, PeerLink, Throttle, TlsClient, TlsServer};
+use crate::store::{StateDir, Store, StoreParams};
+use crate::volume::{Closed, Transfer, Volume, VolumeOptions};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_local;
+
+/// Room for commands that wait their turn.
+const COMMANDS: usize = 16;
+/// File operations that the companion may have under way.
+const COMPANION_DEPTH: u32 = 256;
+
+/// What the surface above starts when the node can be asked: it gets the handle and runs beside the node.
+pub type Surface = Box<dyn FnOnce(NodeHandle) -> Result<(), NodeError>>;
+
+/// Serves one volume until SIGTERM or SIGINT.
+///
+/// `surface` is called once, inside the runtime, to start the API.
+///
+/// # Errors
+/// A [`NodeError`] that names what cannot be opened or started and what to do.
+pub fn run(config: Config, surface: Surface) -> Result<(), NodeError> {
+    config.validate()?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(NodeError::Runtime)?;
+    let local = tokio::task::LocalSet::new();
+    let result = local.block_on(&runtime, serve(config, surface));
+    // Blocking jobs are record writes: they end by themselves.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+    result
+}
+
+async fn serve(config: Config, surface: Surface) -> Result<(), NodeError> {
+    let (inputs, mut queue) = mpsc::unbounded_channel();
+    let (snapshots, snapshot_view) = watch::channel(Snapshot::default());
+    let (commands, mut command_queue) = mpsc::channel::<Command>(COMMANDS);
+    watch_for_signals(&inputs)?;
+    let throttle = Throttle::new(config.bandwidth);
+    let client = config.tls_dir.as_deref().map(TlsClient::from_dir).transpose()?;
+    let mut listener = listen(&config, &throttle).await?;
+    surface(NodeHandle { commands, snapshots: snapshot_view })?;
+    let forward = inputs.clone();
+    spawn_local(async move {
+        while let Some(command) = command_queue.recv().await {
+            if forward.send(Input::Command(command)).is_err() {
+                break;
+            }
+        }
+    });
+    let mut first = None;
+    let state = StateDir::claim(&config.state_dir)?;
+    let known = config.size.is_some() || config.base.is_some() || config.blk_file.is_some();
+    let store = match known || state.superblock()?.is_some() {
+        true => Store::open_in(state, &StoreParams::from(&config))?,
+        false => {
+            let Some(listener) = &mut listener else { return Err(NodeError::NoSize) };
+            log::info!("no size is known yet: waiting for a migration source to name it");
+            let Some((link, hello)) = await_source(listener, &mut queue).await else { return Ok(()) };
+            let params = StoreParams {
+                size: Some(hello.size),
+                chunk_size: Some(hello.chunk_size),
+                ..StoreParams::from(&config)
+            };
+            first = Some((link, hello));
+            Store::open_in(state, &params)?
+        }
+    };
+    let plumbing = Plumbing { inputs: inputs.clone(), snapshots, throttle, tls: client };
+    let node = build(config, store, plumbing).await?;
+    if let Some((link, hello)) = first {
+        // The greeting was taken off the link to learn the size: hand both to the node in order.
+        let _ = inputs.send(Input::Accepted(link));
+        let _ = inputs.send(Input::Link(1, LinkEvent::Message(Message::Hello(hello))));
+    }
+    if let Some(listener) = listener {
+        accept_sources(listener, inputs);
+    }
+    node.run(queue).await;
+    Ok(())
+}
+
+fn watch_for_signals(inputs: &mpsc::UnboundedSender<Input>) -> Result<(), NodeError> {
+    use tokio::signal::unix::{SignalKind, signal};
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        let mut stream = signal(kind).map_err(NodeError::Runtime)?;
+        let inputs = inputs.clone();
+        spawn_local(async move {
+            if stream.recv().await.is_some() {
+                log::info!("asked to stop");
+                let _ = inputs.send(Input::Shutdown);
+            }
+        });
+    }
+    Ok(())
+}
+
+fn accept_sources(mut listener: Listener, inputs: mpsc::UnboundedSender<Input>) {
+    spawn_local(async move {
+        while let Some(link) = listener.accept().await {
+            if inputs.send(Input::Accepted(link)).is_err() {
+                break;
+            }
+        }
+    });
+}
+
+/// Listens for migration sources, if that was asked for.
+async fn listen(config: &Config, throttle: &Throttle) -> Result<Option<Listener>, NodeError> {
+    let Some(address) = config.listen else { return Ok(None) };
+    let link = LinkOptions { throttle: throttle.clone(), ..LinkOptions::default() };
+    let tls = config.tls_dir.as_deref().map(TlsServer::from_dir).transpose()?;
+    let params = ListenParams { tls, link, ..ListenParams::default() };
+    let listener =
+        Listener::bind(address, params).await.map_err(|error| NodeError::Listen { address, error })?;
+    log::info!("listening for migration sources on {}", listener.local_addr());
+    Ok(Some(listener))
+}
+
+/// Waits for the first source, answering commands meanwhile; `None` when it is time to stop.
+async fn await_source(
+    listener: &mut Listener,
+    queue: &mut mpsc::UnboundedReceiver<Input>,
+) -> Option<(PeerLink, Hello)> {
+    loop {
+        let mut link = tokio::select! {
+            link = listener.accept() => link?,
+            input = queue.recv() => match input {
+                Some(Input::Command(command)) => {
+                    command.deny("not-owner", "this daemon waits for a migration source to name its size");
+                    continue;
+                }
+                Some(Input::Shutdown) | None => return None,
+                Some(_) => continue,
+            },
+        };
+        match link.rx.recv().await {
+            Some(LinkEvent::Message(Message::Hello(hello))) => return Some((link, hello)),
+            Some(LinkEvent::Message(_) | LinkEvent::Closed(_)) | None => {
+                log::warn!("a peer at {} did not greet", link.peer);
+            }
+        }
+    }
+}
+
+/// What a node is plugged into.
+struct Plumbing {
+    inputs: mpsc::UnboundedSender<Input>,
+    snapshots: watch::Sender<Snapshot>,
+    throttle: Throttle,
+    tls: Option<TlsClient>,
+}
+
+/// Moves values of one channel into the node's queue.
+fn forward<T: 'static>(
+    mut from: mpsc::UnboundedReceiver<T>,
+    inputs: mpsc::UnboundedSender<Input>,
+    wrap: fn(T) -> Input,
+) {
+    spawn_local(async move {
+        while let Some(value) = from.recv().await {
+            if inputs.send(wrap(value)).is_err() {
+                break;
+            }
+        }
+    });
+}
+
+async fn build(config: Config, store: Store, plumbing: Plumbing) -> Result<Node, NodeError> {
+    let Plumbing { inputs, snapshots, throttle, tls } = plumbing;
+    let superblock = store.superblock();
+    let recorded = store.record.load();
+    // An adopted image is a disk already.
+    let fresh = superblock.layer_path.is_none();
+    let options = VolumeOptions { read_only: config.read_only, write_cache: true };
+    let waker = inputs.clone();
+    let dirty = Box::new(move || drop(waker.send(Input::Wrote)));
+    let (volume, events) = Volume::open(store, options, dirty).map_err(NodeError::Volume)?;
+    let store = Arc::clone(volume.store());
+    let engine = CompanionEngine::new(COMPANION_DEPTH).map_err(NodeError::Volume)?;
+    let transfer = Rc::new(Transfer::new(Arc::clone(&volume), engine).map_err(NodeError::Volume)?);
+    forward(events, inputs.clone(), Input::Volume);
+    let (signals, signal_queue) = mpsc::unbounded_channel();
+    forward(signal_queue, inputs.clone(), Input::Signal);
+    let migrating = matches!(
+        recorded,
+        Some((MigrationRecord::V1 { role: Role::Source(_) | Role::Destination(_), .. }, _))
+    );
+    let mut options = Options::new(&config, migrating);
+    options.serial.clone_from(&superblock.serial);
+    let frontend = Frontend::spawn(&options, Arc::clone(&volume), signals)?;
+    let jobs = Jobs::new(inputs.clone(), Rc::clone(&transfer), Arc::clone(&store));
+    let mut node = Node {
+        device_features: features::virtio_features(config.read_only),
+        guest_features: None,
+        volume,
+        volume_id: superblock.volume,
+        base: superblock.base,
+        epoch: Epoch(1),
+        incarnation: uuid::Uuid::new_v4().as_u64_pair().0,
+        transfer,
+        store,
+        jobs,
+        holds: Holds::default(),
+        report: Report::default(),
+        throttle,
+        tls,
+        role: RoleDriver::Idle,
+        frontend,
+        frontend_connected: false,
+        rings_running: false,
+        wire_before: 0,
+        link_number: 0,
+        inputs,
+        snapshots,
+        started: Instant::now(),
+        fault: String::new(),
+        counted: None,
+        counts: ChunkCounts::default(),
+        config,
+    };
+    node.take_up(recorded, fresh).await?;
+    Ok(node)
+}
+
+impl Node {
+    /// Takes up the role that the record tells of.
+    async fn take_up(
+        &mut self,
+        recorded: Option<(MigrationRecord, bool)>,
+        fresh: bool,
+    ) -> Result<(), NodeError> {
+        let Some((MigrationRecord::V1 { volume, epoch, role }, same_boot)) = recorded else {
+            // A new, empty volume that listens may become a destination: it owns nothing until a guest starts
+            // afresh here or a migration arrives.
+            if self.config.listen.is_none() || !fresh {
+                self.claim().map_err(NodeError::Claim)?;
+            } else {
+                self.close_gate(Closed::Idle);
+            }
+            return Ok(());
+        };
+        self.epoch = epoch;
+        self.volume_id = volume;
+        match role {
+            Role::Serving => {
+                self.role = RoleDriver::Serving;
+                self.open_gate();
+            }
+            Role::Idle => self.close_gate(Closed::Idle),
+            Role::Source(record) => {
+                let serves = record.stage == SourceStage::Pushing;
+                self.resume_source(&record, same_boot);
+                if serves {
+                    self.open_gate();
+                } else {
+                    self.close_gate(Closed::Offered);
+                }
+            }
+            Role::Destination(record) => self.take_up_destination(&record, same_boot).await?,
+        }
+        Ok(())
+    }
+
+    /// The source's modified set as it was at the offer, with its write counts.
+    fn modified_at_source(&self) -> Result<Vec<(ChunkId, u8)>, NodeError> {
+        let stored = self.store.load_remaining()?.filter(|(epoch, _)| *epoch == self.epoch);
+        let runs = stored.map(|(_, runs)| runs).unwrap_or_default();
+        let chunks = runs.into_iter().flat_map(|run| {
+            (run.first.0..run.first.0.saturating_add(run.run)).map(move |chunk| (ChunkId(chunk), run.count))
+        });
+        Ok(chunks.collect())
+    }
+
+    /// After a crash of the host, what had come and was not committed since the handoff counts as not come.
+    async fn take_up_destination(
+        &mut self,
+        record: &DestinationRecord,
+        same_boot: bool,
+    ) -> Result<(), NodeError> {
+        let entries = match record.stage {
+            DestinationStage::Prepared | DestinationStage::Active { .. } => self.modified_at_source()?,
+            DestinationStage::Receiving | DestinationStage::Complete => Vec::new(),
+        };
+        self.store.map.keep_versions(true);
+        if !same_boot && record.stage != DestinationStage::Complete {
+            let committed = self.store.recovered.committed_handoff.is_some_and(|epoch| epoch >= self.epoch);
+            if !committed {
+                log::warn!("the host went down before what had come was committed: it is fetched again");
+                let modified: ChunkSet = entries.iter().map(|entry| entry.0).collect();
+                self.transfer.revert_to_remote(&modified).await.map_err(NodeError::Transfer)?;
+            }
+        }
+        if matches!(record.stage, DestinationStage::Prepared | DestinationStage::Active { .. }) {
+            self.store.map.set_handoff(self.epoch);
+        }
+        let counts: HashMap<_, _> = entries.into_iter().collect();
+        let remote = self.transfer.remote_chunks();
+        let remaining =
+            remote.iter().map(|chunk| (chunk, counts.get(&chunk).copied().unwrap_or(0))).collect();
+        self.resume_destination(record, remaining);
+        Ok(())
+    }
+}

@@ -1,0 +1,534 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The node: one queue of inputs, one owner of the role.
+//!
+//! ```text
+//!   front-end --signals--+                                  +--> sessions (core) --actions--+
+//!   volume ----events----+                                  |                               |
+//!   peer ------messages--+--> inputs --> Node::take(input) -+                               v
+//!   clients ---commands--+                                  +--> status          gate, holds, peer, jobs
+//!   jobs ------results---+
+//! ```
+//!
+//! `take` never waits. What the session wants done is drained after every input, so that an action never sits
+//! behind the next event.
+
+use super::admission::{self, Admission, Standing};
+use super::destination::DestinationDriver;
+use super::holds::Holds;
+use super::input::{Done, Input};
+use super::jobs::Jobs;
+use super::report::{Outcome, Report};
+use super::source::SourceDriver;
+use super::status::{Command, Denied, MigrationState, Snapshot};
+use crate::config::Config;
+use crate::core::message::{BaseIdentity, ChunkData, Epoch, Message, VolumeId};
+use crate::core::record::{DestinationStage, MigrationRecord, Role, SourceStage};
+use crate::frontend::server::Frontend;
+use crate::peer::{LinkEvent, LinkSender, PeerLink, Throttle, TlsClient};
+use crate::store::Store;
+use crate::volume::{Closed, Transfer, Volume};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+
+/// How often counters are published while nothing else happens.
+const PUBLISH_EVERY: Duration = Duration::from_millis(200);
+/// How often the journal is looked after.
+const UPKEEP_EVERY: Duration = Duration::from_secs(1);
+
+/// What this node is.
+pub(super) enum RoleDriver {
+    /// Owns the disk.
+    Serving,
+    /// Owns nothing; may become a destination.
+    Idle,
+    /// Gives the disk away, or has given it away.
+    Source(Box<SourceDriver>),
+    /// Gets the disk.
+    Destination(Box<DestinationDriver>),
+}
+
+/// What a node is made of; see the module's picture.
+pub(super) struct Node {
+    pub(super) config: Config,
+    pub(super) volume: Arc<Volume>,
+    pub(super) volume_id: VolumeId,
+    pub(super) base: BaseIdentity,
+    /// What this device offers; what the guest has chosen of it, if it has.
+    pub(super) device_features: u64,
+    pub(super) guest_features: Option<u64>,
+    pub(super) epoch: Epoch,
+    pub(super) incarnation: u64,
+    pub(super) transfer: Rc<Transfer>,
+    pub(super) store: Arc<Store>,
+    pub(super) jobs: Jobs,
+    pub(super) holds: Holds,
+    pub(super) report: Report,
+    pub(super) throttle: Throttle,
+    pub(super) tls: Option<TlsClient>,
+    pub(super) role: RoleDriver,
+    pub(super) frontend: Frontend,
+    pub(super) frontend_connected: bool,
+    pub(super) rings_running: bool,
+    pub(super) wire_before: u64,
+    pub(super) link_number: u64,
+    pub(super) inputs: mpsc::UnboundedSender<Input>,
+    pub(super) snapshots: watch::Sender<Snapshot>,
+    pub(super) started: Instant,
+    pub(super) fault: String,
+    pub(super) counted: Option<(Instant, crate::volume::IoTotals)>,
+    pub(super) counts: super::status::ChunkCounts,
+}
+
+fn wire_bytes(link: &LinkSender) -> u64 {
+    let stats = link.stats();
+    stats.sent + stats.received
+}
+
+impl Node {
+    /// Time since an arbitrary origin, as the sessions want it.
+    pub(super) fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Takes inputs until a shutdown is asked for.
+    pub(super) async fn run(mut self, mut inputs: mpsc::UnboundedReceiver<Input>) {
+        let mut publish = tokio::time::interval(PUBLISH_EVERY);
+        publish.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut upkeep = tokio::time::interval(UPKEEP_EVERY);
+        upkeep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.pump();
+            let timeout = self.next_timeout();
+            tokio::select! {
+                input = inputs.recv() => match input {
+                    Some(Input::Shutdown) | None => break,
+                    Some(input) => self.take(input),
+                },
+                () = tokio::time::sleep(timeout) => self.handle_timeout(),
+                _ = publish.tick() => self.publish(),
+                _ = upkeep.tick() => self.jobs.upkeep(false),
+            }
+        }
+        self.publish();
+    }
+
+    fn next_timeout(&self) -> Duration {
+        let at = match &self.role {
+            RoleDriver::Source(source) => source.session.next_timeout(),
+            RoleDriver::Destination(destination) => destination.session.next_timeout(),
+            RoleDriver::Serving | RoleDriver::Idle => None,
+        };
+        at.map_or(Duration::from_secs(3600), |at| at.saturating_sub(self.now()))
+    }
+
+    fn handle_timeout(&mut self) {
+        let now = self.now();
+        match &mut self.role {
+            RoleDriver::Source(source) => source.session.handle_timeout(now),
+            RoleDriver::Destination(destination) => destination.session.handle_timeout(now),
+            RoleDriver::Serving | RoleDriver::Idle => {}
+        }
+    }
+
+    /// Carries out everything that the session wants done.
+    fn pump(&mut self) {
+        let before = self.standing();
+        while !self.jobs.marking() {
+            match &mut self.role {
+                RoleDriver::Source(source) => match source.session.poll_action() {
+                    Some(action) => self.apply_source(action),
+                    None => break,
+                },
+                RoleDriver::Destination(destination) => match destination.session.poll_action() {
+                    Some(action) => self.apply_destination(action),
+                    None => break,
+                },
+                RoleDriver::Serving | RoleDriver::Idle => break,
+            }
+        }
+        self.follow_epoch();
+        if self.standing() != before {
+            self.publish();
+        }
+    }
+
+    fn follow_epoch(&mut self) {
+        let epoch = match &self.role {
+            RoleDriver::Source(source) => source.session.epoch(),
+            RoleDriver::Destination(destination) => destination.session.epoch(),
+            RoleDriver::Serving | RoleDriver::Idle => return,
+        };
+        self.epoch = Epoch(self.epoch.0.max(epoch.0));
+    }
+
+    /// Takes one input.
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Signal(envelope) => self.on_signal(envelope),
+            Input::Volume(event) => self.on_volume(event),
+            Input::Command(command) => self.on_command(command),
+            Input::Accepted(link) => self.on_accepted(link),
+            Input::Link(number, event) if number == self.link_number => self.on_link(event),
+            Input::Link(..) | Input::Shutdown => {}
+            Input::Wrote => self.drain_tracker(),
+            Input::Done(run, done) => self.on_done(run, done),
+        }
+    }
+
+    /// What this node is, as far as commands care.
+    pub(super) fn standing(&self) -> Standing {
+        match &self.role {
+            RoleDriver::Serving => Standing::Serving,
+            RoleDriver::Idle => Standing::Idle,
+            RoleDriver::Source(source) => match source.session.stage() {
+                SourceStage::Pushing => Standing::Pushing,
+                SourceStage::Offered => Standing::Offered,
+                SourceStage::Relinquished { .. } => Standing::Relinquished,
+                SourceStage::Released => Standing::Released,
+            },
+            RoleDriver::Destination(destination) => match destination.session.stage() {
+                DestinationStage::Receiving => Standing::Receiving,
+                DestinationStage::Prepared => Standing::Prepared,
+                DestinationStage::Active { .. } => Standing::Pulling,
+                DestinationStage::Complete => Standing::Complete,
+            },
+        }
+    }
+
+    /// Whether the guest's disk is this node's now.
+    pub(super) fn owns(&self) -> bool {
+        matches!(
+            self.standing(),
+            Standing::Serving | Standing::Pushing | Standing::Pulling | Standing::Complete
+        )
+    }
+
+    pub(super) fn source_mut(&mut self) -> Option<&mut SourceDriver> {
+        match &mut self.role {
+            RoleDriver::Source(source) => Some(source),
+            RoleDriver::Serving | RoleDriver::Idle | RoleDriver::Destination(_) => None,
+        }
+    }
+
+    pub(super) fn destination_mut(&mut self) -> Option<&mut DestinationDriver> {
+        match &mut self.role {
+            RoleDriver::Destination(destination) => Some(destination),
+            RoleDriver::Serving | RoleDriver::Idle | RoleDriver::Source(_) => None,
+        }
+    }
+
+    pub(super) fn become_source(&mut self, driver: SourceDriver) {
+        self.role = RoleDriver::Source(Box::new(driver));
+    }
+
+    pub(super) fn become_destination(&mut self, driver: DestinationDriver) {
+        self.role = RoleDriver::Destination(Box::new(driver));
+    }
+
+    fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Migrate(request, answer) => {
+                let result = match admission::migrate(self.standing()) {
+                    Admission::Accept => self.arm(&request),
+                    Admission::Deny(denied) => Err(denied),
+                };
+                // A client that went away does not want the answer.
+                let _ = answer.send(result);
+            }
+            Command::Cancel(answer) => {
+                let _ = answer.send(self.cancel());
+            }
+        }
+        self.publish();
+    }
+
+    fn cancel(&mut self) -> Result<(), Denied> {
+        match admission::cancel(self.standing()) {
+            Admission::Accept => {}
+            Admission::Deny(denied) => return Err(denied),
+        }
+        let now = self.now();
+        let result = match &mut self.role {
+            RoleDriver::Source(source) => source.session.handle_cancel(now),
+            RoleDriver::Destination(destination) => destination.session.handle_cancel(now),
+            RoleDriver::Serving | RoleDriver::Idle => Ok(()),
+        };
+        result.map_err(|reason| {
+            Denied::new("handed-over", format!("the migration cannot be cancelled now: {reason:?}"))
+        })
+    }
+
+    fn on_accepted(&mut self, link: PeerLink) {
+        if matches!(self.role, RoleDriver::Serving) {
+            log::warn!(
+                "a migration source at {} was turned away: this daemon serves a disk of its own",
+                link.peer
+            );
+            let text = "this daemon serves a disk of its own".to_owned();
+            // The peer may be gone already.
+            let _ = link.tx.send(Message::Refuse { reason: crate::core::message::Refusal::Busy, text });
+            link.tx.close();
+            return;
+        }
+        let released = self.standing() == Standing::Released;
+        if released || matches!(self.role, RoleDriver::Idle) {
+            self.jobs.begin_run();
+            let session = self.idle_session(released);
+            self.become_destination(DestinationDriver { session, link: None, installed: 0 });
+        }
+        if self.destination_mut().is_none() {
+            log::warn!("a migration source at {} was turned away: this daemon is a source itself", link.peer);
+            return;
+        }
+        self.report.peer(&link.peer.to_string());
+        self.use_link(link);
+    }
+
+    /// Makes `link` the peer connection.
+    pub(super) fn use_link(&mut self, link: PeerLink) {
+        self.link_number += 1;
+        let number = self.link_number;
+        let (sender, mut events) = (link.tx, link.rx);
+        let inputs = self.inputs.clone();
+        tokio::task::spawn_local(async move {
+            while let Some(event) = events.recv().await {
+                let closed = matches!(event, LinkEvent::Closed(_));
+                if inputs.send(Input::Link(number, event)).is_err() || closed {
+                    break;
+                }
+            }
+        });
+        let now = self.now();
+        match &mut self.role {
+            RoleDriver::Source(source) => {
+                source.link = Some(sender);
+                source.session.handle_connected(now);
+            }
+            RoleDriver::Destination(destination) => {
+                destination.link = Some(sender);
+                destination.session.handle_connected(now);
+            }
+            RoleDriver::Serving | RoleDriver::Idle => {}
+        }
+    }
+
+    pub(super) fn drop_link(&mut self) {
+        self.link_number += 1;
+        let link = match &mut self.role {
+            RoleDriver::Source(source) => source.link.take(),
+            RoleDriver::Destination(destination) => destination.link.take(),
+            RoleDriver::Serving | RoleDriver::Idle => None,
+        };
+        if let Some(link) = link {
+            self.wire_before += wire_bytes(&link);
+            link.close();
+        }
+    }
+
+    /// Bytes on the wire in this migration, both directions.
+    pub(super) fn link_bytes(&self) -> u64 {
+        self.wire_before + self.link().map_or(0, wire_bytes)
+    }
+
+    fn link(&self) -> Option<&LinkSender> {
+        match &self.role {
+            RoleDriver::Source(source) => source.link.as_ref(),
+            RoleDriver::Destination(destination) => destination.link.as_ref(),
+            RoleDriver::Serving | RoleDriver::Idle => None,
+        }
+    }
+
+    /// Sends a message if there is a connection; the session says it again on the next one if it must.
+    pub(super) fn send(&self, message: Message) {
+        if let Some(link) = self.link()
+            && let Err(error) = link.send(message)
+        {
+            log::debug!("a message was not sent: {error}");
+        }
+    }
+
+    /// Sends a chunk if there is a connection.
+    pub(super) fn send_data(&self, data: ChunkData) {
+        if let Some(link) = self.link()
+            && let Err(error) = link.send_data(data)
+        {
+            log::debug!("a chunk was not sent: {error}");
+        }
+    }
+
+    fn on_link(&mut self, event: LinkEvent) {
+        let now = self.now();
+        match event {
+            LinkEvent::Message(message) => match &mut self.role {
+                RoleDriver::Source(source) => source.session.handle_message(now, message),
+                RoleDriver::Destination(destination) => destination.session.handle_message(now, message),
+                RoleDriver::Serving | RoleDriver::Idle => {}
+            },
+            LinkEvent::Closed(reason) => {
+                log::warn!("the connection to the peer has ended: {reason}");
+                self.report.message(&format!("not connected: {reason}"));
+                self.drop_link();
+                self.tell_disconnected();
+            }
+        }
+    }
+
+    fn tell_disconnected(&mut self) {
+        let now = self.now();
+        match &mut self.role {
+            RoleDriver::Source(source) => source.session.handle_disconnected(now),
+            RoleDriver::Destination(destination) => destination.session.handle_disconnected(now),
+            RoleDriver::Serving | RoleDriver::Idle => {}
+        }
+    }
+
+    fn on_done(&mut self, run: u64, done: Done) {
+        if let Done::Persisted { .. } = done {
+            self.jobs.persisted();
+        }
+        if let Done::Marked(_) = done {
+            self.jobs.marked();
+        }
+        if run != self.jobs.run() {
+            return;
+        }
+        let now = self.now();
+        match done {
+            Done::Persisted { result: Err(error), .. } => {
+                self.fault(&format!("the migration record cannot be written: {error}"));
+            }
+            Done::Connected(result) => self.on_connected(result),
+            Done::Captured { chunk, capture } => {
+                // What was written while the capture ran must be known before it is judged.
+                self.drain_tracker();
+                if let Some(source) = self.source_mut() {
+                    source.session.handle_captured(now, chunk, capture);
+                }
+            }
+            Done::LayerSynced(ok) => {
+                if let Some(source) = self.source_mut() {
+                    source.session.handle_layer_synced(now, ok);
+                }
+            }
+            Done::Persisted { seq, result: Ok(()) } => match &mut self.role {
+                RoleDriver::Source(source) => source.session.handle_persisted(now, seq),
+                RoleDriver::Destination(destination) => destination.session.handle_persisted(now, seq),
+                RoleDriver::Serving | RoleDriver::Idle => {}
+            },
+            Done::Installed { chunk, version, installed } => {
+                self.count_installed();
+                if let Some(destination) = self.destination_mut() {
+                    destination.session.handle_installed(now, chunk, version, installed);
+                }
+            }
+            Done::BaseFetched { chunk } => {
+                if let Some(destination) = self.destination_mut() {
+                    destination.session.handle_base_fetched(now, chunk);
+                }
+            }
+            Done::VolumeSynced(ok) => {
+                if let Some(destination) = self.destination_mut() {
+                    destination.session.handle_synced(now, ok);
+                }
+            }
+            Done::Wiped(Ok(())) => {
+                if let Some(destination) = self.destination_mut() {
+                    destination.session.handle_wiped(now);
+                }
+            }
+            Done::Marked(Ok(())) => {}
+            Done::Marked(Err(error)) => self.fault(&format!("chunks cannot be marked remote: {error}")),
+            Done::Wiped(Err(error)) => self.fault(&format!("what had come cannot be dropped: {error}")),
+        }
+    }
+
+    fn on_connected(&mut self, result: Result<PeerLink, String>) {
+        match result {
+            Ok(link) => {
+                log::info!("connected to {}", link.peer);
+                self.report.message("");
+                self.report.reconnected();
+                self.use_link(link);
+            }
+            Err(error) => {
+                self.report.message(&format!("cannot connect: {error}"));
+                log::warn!("cannot connect to the destination: {error}");
+                self.tell_disconnected();
+            }
+        }
+    }
+
+    /// A migration has ended at this side.
+    pub(super) fn finish(&mut self, outcome: Outcome) {
+        match &outcome {
+            Outcome::Completed => log::info!("migration completed"),
+            Outcome::Cancelled => log::info!("migration cancelled"),
+            Outcome::Failed { reason, text } => log::error!("migration failed ({reason:?}): {text}"),
+        }
+        self.publish();
+        self.report.ended(&outcome);
+        if !matches!((&self.role, &outcome), (RoleDriver::Source(_), Outcome::Completed)) {
+            self.drop_link();
+        }
+        let gives = matches!(self.role, RoleDriver::Source(_));
+        if gives {
+            self.volume.tracker().disarm();
+        }
+        match (gives, &outcome) {
+            // Keeps saying that it has let go, until the same disk comes back.
+            (true, Outcome::Completed) => {}
+            (true, _) | (false, Outcome::Completed) => {
+                self.role = RoleDriver::Serving;
+                self.open_gate();
+            }
+            (false, _) => {
+                self.role = RoleDriver::Idle;
+                self.close_gate(Closed::Idle);
+            }
+        }
+        self.publish();
+    }
+
+    pub(super) fn open_gate(&mut self) {
+        self.volume.gate().open();
+    }
+
+    pub(super) fn close_gate(&mut self, reason: Closed) {
+        self.volume.gate().close(reason);
+    }
+
+    /// Something is wrong with this volume that an operator must see.
+    pub(super) fn fault(&mut self, text: &str) {
+        log::error!("{text}");
+        text.clone_into(&mut self.fault);
+    }
+
+    /// Makes this node the owner of a disk that no migration brought: durable before the guest runs.
+    pub(super) fn claim(&mut self) -> Result<(), String> {
+        let record = MigrationRecord::V1 { volume: self.volume_id, epoch: self.epoch, role: Role::Serving };
+        self.store.record.store(&record).map_err(|e| e.to_string())?;
+        self.role = RoleDriver::Serving;
+        self.open_gate();
+        Ok(())
+    }
+
+    /// State of the migration in QEMU's words.
+    pub(super) fn migration_state(&self) -> MigrationState {
+        match self.standing() {
+            Standing::Serving | Standing::Idle => MigrationState::None,
+            Standing::Pushing | Standing::Receiving => {
+                let agreed = match &self.role {
+                    RoleDriver::Source(source) => source.session.agreed(),
+                    RoleDriver::Destination(destination) => destination.session.agreed(),
+                    RoleDriver::Serving | RoleDriver::Idle => false,
+                };
+                if agreed { MigrationState::Active } else { MigrationState::Setup }
+            }
+            Standing::Offered | Standing::Prepared => MigrationState::PreSwitchover,
+            Standing::Relinquished | Standing::Pulling => MigrationState::PostcopyActive,
+            Standing::Released | Standing::Complete => MigrationState::Completed,
+        }
+    }
+}

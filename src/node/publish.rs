@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Publishes what the node knows, as one [`Snapshot`] on a watch channel.
+
+use super::admission::Standing;
+use super::node::{Node, RoleDriver};
+use super::report::hex;
+use super::status::{ChunkCounts, IoCounts, Snapshot, VolumeStatus};
+use std::time::{Duration, Instant};
+
+/// How often chunks are counted at the most.
+const COUNT_EVERY: Duration = Duration::from_secs(2);
+
+/// A standing in the words of docs/ARCHITECTURE.md.
+fn stage_name(standing: Standing) -> &'static str {
+    match standing {
+        Standing::Serving => "serving",
+        Standing::Idle => "idle",
+        Standing::Pushing => "pushing",
+        Standing::Offered => "offered",
+        Standing::Relinquished => "relinquished",
+        Standing::Released => "released",
+        Standing::Receiving => "receiving",
+        Standing::Prepared => "prepared",
+        Standing::Pulling => "active",
+        Standing::Complete => "complete",
+    }
+}
+
+impl Node {
+    /// Publishes the snapshot of now, if it differs from the last one.
+    pub(super) fn publish(&mut self) {
+        let state = self.migration_state();
+        let stage = stage_name(self.standing());
+        let (progress, connected) = match &self.role {
+            RoleDriver::Source(source) => (Some(source.session.progress()), source.link.is_some()),
+            RoleDriver::Destination(destination) => {
+                (Some(destination.session.progress()), destination.link.is_some())
+            }
+            RoleDriver::Serving | RoleDriver::Idle => (None, false),
+        };
+        if let Some(progress) = progress {
+            self.report.update(state, stage, connected, &progress);
+        }
+        self.report.wire(self.link_bytes());
+        let times = self.frontend.hold_times();
+        let holds = (times.stop(), times.start());
+        let volume = self.volume_status();
+        let snapshot = Snapshot {
+            volume,
+            migration: self.report.status(self.volume.geometry().size(), self.epoch.0, holds),
+        };
+        self.snapshots.send_if_modified(|last| {
+            let differs = *last != snapshot;
+            if differs {
+                *last = snapshot;
+            }
+            differs
+        });
+    }
+
+    /// Counting looks at every chunk: not more often than it may have changed, nor than anybody can read.
+    fn chunk_counts(&mut self) -> ChunkCounts {
+        let totals = self.volume.io();
+        let due = self.counted.is_none_or(|(at, last)| {
+            at.elapsed() >= COUNT_EVERY && (last != totals || self.report.running())
+        });
+        if due {
+            let counts = self.volume.counts();
+            self.counted = Some((Instant::now(), totals));
+            self.counts = ChunkCounts {
+                base: counts.base,
+                zero: counts.zero,
+                local: counts.local,
+                modified: counts.modified,
+                remote: counts.remote,
+                installing: counts.installing,
+            };
+        }
+        self.counts
+    }
+
+    fn volume_status(&mut self) -> VolumeStatus {
+        let totals = self.volume.io();
+        let io = IoCounts {
+            reads: totals.reads,
+            writes: totals.writes,
+            flushes: totals.flushes,
+            zeroes: totals.zeroes,
+            errors: totals.errors,
+            read_bytes: totals.read_bytes,
+            written_bytes: totals.written_bytes,
+        };
+        let geometry = *self.volume.geometry();
+        VolumeStatus {
+            id: hex(&self.volume_id.0),
+            size: geometry.size(),
+            chunk_size: geometry.chunk_size(),
+            base: self.config.base.clone().unwrap_or_default(),
+            serving: self.owns() && self.volume.gate().is_open(),
+            epoch: self.epoch.0,
+            frontend_connected: self.frontend_connected,
+            write_cache: self.volume.write_cache(),
+            chunks: self.chunk_counts(),
+            io,
+            fault: self.fault.clone(),
+        }
+    }
+}
