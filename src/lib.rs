@@ -6,6 +6,7 @@
 //!
 //! | layer | room | what is in it |
 //! |---|---|---|
+//! | L6 | [`control`] | the API on a UNIX socket, metrics, the client, QMP |
 //! | L5 | [`node`] | the companion thread: the one owner of the volume's role |
 //! | L4 | [`frontend`] | the hypervisor's side: vhost-user messages, virtqueues, dirty log |
 //! | L4 | [`peer`] | the other daemon's side: one migration connection |
@@ -18,6 +19,7 @@
 //! [`config`] is data that all may read. docs/ARCHITECTURE.md has the picture and the invariants.
 
 pub mod config;
+pub mod control;
 pub mod core;
 pub mod engine;
 pub mod frontend;
