@@ -268,6 +268,7 @@ impl Range {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::cast_possible_truncation)]
     use super::*;
     use proptest::prelude::*;
 

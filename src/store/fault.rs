@@ -270,8 +270,9 @@ impl Medium for OpenFile {
         let mut state = self.disk.0.lock();
         state.step()?;
         if let Some(inode) = state.inodes.get_mut(self.inode) {
-            inode.durable = inode.cached.clone();
-            inode.unsynced.clear();
+            for change in std::mem::take(&mut inode.unsynced) {
+                apply(&mut inode.durable, &change);
+            }
         }
         Ok(())
     }

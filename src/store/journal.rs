@@ -31,10 +31,12 @@ const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"FRME");
 const FRAME_HEADER: usize = 32;
 const NOTES: u8 = 1;
 const COMMIT: u8 = 2;
-/// Bytes of zeros written ahead at a time.
-const STEP: usize = 256 << 10;
+/// Bytes of zeros written ahead at a time; few in tests, so that they cross that border often.
+const STEP: usize = if cfg!(test) { 1 << 10 } else { 256 << 10 };
 /// Longest journal that is read; rotation keeps it far shorter.
 const LONGEST: usize = 1 << 30;
+/// A journal that nobody rotates takes no frame from here on: better an error now than a volume that cannot be opened.
+const FULL: u64 = 1 << 29;
 
 /// Name of the journal of a generation.
 pub(super) fn name(generation: u64) -> String {
@@ -242,6 +244,9 @@ impl Journal {
 
     /// Appends a frame, without sync. After an error the next frame takes its place.
     pub(super) fn append(&mut self, frame: &Frame) -> io::Result<()> {
+        if self.end >= FULL {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "the journal was not rotated in time"));
+        }
         let bytes = frame.encode(self.generation)?;
         let end = self.end + bytes.len() as u64;
         while self.allocated < end {

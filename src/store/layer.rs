@@ -6,7 +6,7 @@
 //! needed (`Zero` is one), so a file system that cannot punch them is refused at once and not at the first discard.
 
 use super::error::StoreError;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -42,6 +42,10 @@ impl Layer {
         }
         if metadata.len() != size {
             return Err(refuse(format!("it has {} bytes, the volume has {size}", metadata.len())));
+        }
+        // The state directory's lock does not cover an image that lies elsewhere.
+        if adopted && flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(refuse("another daemon uses this image".to_owned()));
         }
         let layer = Self { file, path: path.to_owned(), size, adopted };
         // Past the end: this asks whether holes are possible and changes nothing.
