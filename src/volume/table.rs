@@ -40,10 +40,16 @@
 //! armed" against "arm, then look at the table"), and on x86 it costs nothing over acquire and release for loads
 //! and read-modify-writes, which are the only operations used.
 
+mod batch;
+mod exclusive;
+mod word;
+
+pub(super) use exclusive::Exclusive;
+
 use super::event::Origin;
 use super::tracker::zeroed;
 use super::waiters::{Claimant, Parked, Seat, Waiter, Wake};
-use crate::core::chunk::{self, Access, ChunkState, ChunkView, IllegalMove, Route, after_claim, check_move};
+use crate::core::chunk::{self, Access, ChunkState, ChunkView, IllegalMove, Route, check_move};
 use crate::core::geometry::{BlockMask, ChunkId, Geometry, Span};
 use crate::core::message::Version;
 use crate::store::Transition;
@@ -53,14 +59,10 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use thiserror::Error;
-use tokio::sync::oneshot;
 
-const STATE: u64 = 0b111;
-const SLOW: u64 = 1 << 3;
-const WRITER: u64 = 1 << 4;
-const WRITERS: u64 = 0xf_ffff << 4;
-const VERSION_SHIFT: u32 = 24;
-const VERSION: u64 = 1 << VERSION_SHIFT;
+use tokio::sync::oneshot;
+use word::{SLOW, WRITER, bumped, state_of, update, version_of, with_state, writers_of};
+
 const SHARDS: u32 = 64;
 
 /// Where transitions are noted: the store's chunk map, or a test's list.
@@ -181,36 +183,6 @@ impl std::fmt::Debug for Table {
     }
 }
 
-fn state_of(word: u64) -> ChunkState {
-    // 3 bits, of which only values of `ChunkState` are ever stored.
-    u8::try_from(word & STATE).ok().and_then(ChunkState::from_number).unwrap_or(ChunkState::Installing)
-}
-
-fn with_state(word: u64, state: ChunkState) -> u64 {
-    word & !STATE | state as u64
-}
-
-fn version_of(word: u64) -> Version {
-    Version(word >> VERSION_SHIFT)
-}
-
-fn with_version(word: u64, version: Version) -> u64 {
-    word & (VERSION - 1) | version.0 << VERSION_SHIFT
-}
-
-fn writers_of(word: u64) -> u64 {
-    (word & WRITERS) / WRITER
-}
-
-/// The word after a step of its version; 40 bits wrap, and no write rate reaches that within one migration.
-fn bumped(word: u64) -> u64 {
-    if state_of(word) == ChunkState::Remote { word } else { word.wrapping_add(VERSION) }
-}
-
-fn update(word: &AtomicU64, change: impl Fn(u64) -> u64) -> u64 {
-    word.fetch_update(SeqCst, SeqCst, |now| Some(change(now))).unwrap_or_else(|now| now)
-}
-
 impl Table {
     /// All chunks `Base`. The first `based` chunks have some of a base image under them.
     pub(super) fn new(geometry: Geometry, based: u32, notes: Arc<dyn Notes>) -> Self {
@@ -227,8 +199,11 @@ impl Table {
     pub(super) fn restore(&self, transition: &Transition) {
         let Some(word) = self.words.get(transition.chunk.index()) else { return };
         let slow = if transition.mask.is_empty() { 0 } else { SLOW };
-        let version = transition.version.0 << VERSION_SHIFT;
-        word.store(version | slow | transition.state as u64, SeqCst);
+        if word::idle(transition.state, transition.version) | slow == word.load(SeqCst) {
+            // Untouched: a store would give its page memory.
+            return;
+        }
+        word.store(word::idle(transition.state, transition.version) | slow, SeqCst);
         if slow != 0 {
             let entry = Entry { mask: transition.mask, ..Entry::default() };
             self.shard(transition.chunk).insert(transition.chunk, entry);
@@ -357,139 +332,6 @@ impl Table {
         }
     }
 
-    /// Publishes the claims of completed writes: one note for all of them. Returns the chunks that were `Remote` and
-    /// are whole now. The writes stay counted: call [`end_write`](Self::end_write) for each afterwards.
-    ///
-    /// # Errors
-    /// [`TableError`]: none of the claims has been published.
-    pub(super) fn publish(self: &Arc<Self>, claims: &[Claim]) -> Result<Vec<ChunkId>, TableError> {
-        let mut wanted: Vec<(ChunkId, BlockMask)> = claims.iter().map(|c| (c.chunk, c.blocks)).collect();
-        wanted.sort_unstable_by_key(|(chunk, _)| *chunk);
-        wanted.dedup_by(|next, first| {
-            let same = next.0 == first.0;
-            if same {
-                first.1 = first.1.union(next.1);
-            }
-            same
-        });
-        let mut shards = Locked::all_of(self, wanted.iter().map(|(chunk, _)| *chunk));
-        let mut moves = Vec::with_capacity(wanted.len());
-        for (chunk, blocks) in wanted {
-            let word = self.word(chunk).load(SeqCst);
-            let mask = shards.of(chunk).get(&chunk).map_or(BlockMask::EMPTY, |entry| entry.mask);
-            let (state, grown) = (state_of(word), mask.union(blocks));
-            let after = after_claim(state, grown, self.geometry.full_mask(chunk));
-            // Whole already, by another write: nothing to add.
-            if !matches!(state, ChunkState::Base | ChunkState::Remote) || grown == mask {
-                continue;
-            }
-            check_move(state, after)?;
-            let mask = if after == state { grown } else { BlockMask::EMPTY };
-            let version = version_of(word);
-            moves.push((state, Transition { chunk, state: after, mask, version }));
-        }
-        let (overwritten, dues) = self.apply(&mut shards, &moves)?;
-        drop(shards);
-        dues.into_iter().for_each(Due::fire);
-        Ok(overwritten)
-    }
-
-    /// Changes those of a run of chunks for which `wanted` says how, with one note. Chunks that are held, waited for
-    /// or written are left alone and returned.
-    ///
-    /// # Errors
-    /// [`TableError`]: no chunk of the run has changed.
-    pub(super) fn change(
-        self: &Arc<Self>,
-        run: std::ops::Range<u32>,
-        wanted: impl Fn(Transition) -> Option<Transition>,
-    ) -> Result<Vec<ChunkId>, TableError> {
-        let mut shards = Locked::all_of(self, run.clone().map(ChunkId));
-        let (mut moves, mut busy) = (Vec::new(), Vec::new());
-        for chunk in run.clone().map(ChunkId) {
-            // `slow` lets no writer in without the lock: what is seen here stays true while it is held.
-            let word = self.word(chunk).fetch_or(SLOW, SeqCst);
-            let entry = shards.of(chunk).get(&chunk);
-            let mask = entry.map_or(BlockMask::EMPTY, |entry| entry.mask);
-            let free = entry.is_none_or(|entry| entry.hold.is_none() && entry.claimants.is_empty());
-            let state = state_of(word);
-            if !free || writers_of(word) > 0 {
-                busy.push(chunk);
-            } else if let Some(to) = wanted(Transition { chunk, state, mask, version: version_of(word) }) {
-                moves.push((state, to));
-            }
-        }
-        // Nobody can come between: the same as to hold each chunk for a moment.
-        let legal = moves.iter().filter(|(from, to)| *from != to.state).try_for_each(|(from, to)| {
-            check_move(*from, ChunkState::Installing)?;
-            check_move(ChunkState::Installing, to.state)
-        });
-        let applied = legal.map_err(TableError::from).and_then(|()| self.apply(&mut shards, &moves));
-        if applied.is_ok() {
-            for (_, to) in &moves {
-                update(self.word(to.chunk), |word| with_version(word, to.version));
-            }
-        }
-        for chunk in run.map(ChunkId) {
-            self.tidy(shards.of(chunk), chunk);
-        }
-        drop(shards);
-        applied?.1.into_iter().for_each(Due::fire);
-        Ok(busy)
-    }
-
-    /// Everything untouched again, for a volume that has just been wiped. Writes in flight stay counted.
-    pub(super) fn reset(&self) {
-        let mut wakes = Vec::new();
-        let all: Vec<_> = self.shards.iter().map(|shard| shard.lock()).collect();
-        for word in &self.words {
-            // Most have never been touched: do not give them memory.
-            if word.load(SeqCst) != 0 {
-                update(word, |word| word & WRITERS);
-            }
-        }
-        for mut shard in all {
-            wakes.extend(shard.drain().flat_map(|(_, mut entry)| entry.take_parked(|_| true)));
-        }
-        wakes.into_iter().for_each(Waiter::wake);
-    }
-
-    /// Notes and publishes moves of chunks whose shards are locked. Returns the chunks that were `Remote` and are
-    /// whole now, and what to fire when the locks have been let go.
-    fn apply(
-        self: &Arc<Self>,
-        shards: &mut Locked<'_>,
-        moves: &[(ChunkState, Transition)],
-    ) -> Result<(Vec<ChunkId>, Vec<Due>), TableError> {
-        let (mut overwritten, mut dues) = (Vec::new(), Vec::new());
-        if moves.is_empty() {
-            return Ok((overwritten, dues));
-        }
-        let transitions: Vec<Transition> = moves.iter().map(|(_, transition)| *transition).collect();
-        self.notes.note(&transitions)?;
-        for (from, to) in moves {
-            let shard = shards.of(to.chunk);
-            update(self.word(to.chunk), |word| with_state(word, to.state));
-            let mut due = Due::default();
-            if !to.mask.is_empty() {
-                self.entry(shard, to.chunk).mask = to.mask;
-            } else if let Some(entry) = shard.get_mut(&to.chunk) {
-                entry.mask = BlockMask::EMPTY;
-            }
-            if to.state != *from
-                && let Some(entry) = shard.get_mut(&to.chunk)
-            {
-                due.wakes = entry.take_parked(|_| true);
-            }
-            if (*from, to.state) == (ChunkState::Remote, ChunkState::Modified) {
-                overwritten.push(to.chunk);
-            }
-            self.settle(shard, to.chunk, &mut due);
-            dues.push(due);
-        }
-        Ok((overwritten, dues))
-    }
-
     /// Clears `slow` and forgets the entry when nothing is left in it. The caller holds the lock.
     fn tidy(&self, shard: &mut Shard, chunk: ChunkId) {
         if shard.get(&chunk).is_none_or(Entry::is_idle) {
@@ -506,58 +348,6 @@ impl Table {
             due.grant = Some((claimant, self.hold(entry, chunk, punch)));
         } else {
             self.tidy(shard, chunk);
-        }
-    }
-
-    fn hold(self: &Arc<Self>, entry: &mut Entry, chunk: ChunkId, punch: bool) -> Exclusive {
-        let word = update(self.word(chunk), |word| {
-            with_state(if punch { bumped(word) } else { word }, ChunkState::Installing)
-        });
-        let was = state_of(word);
-        entry.hold = Some(Hold { was, punch });
-        Exclusive {
-            table: Arc::clone(self),
-            chunk,
-            was,
-            mask: entry.mask,
-            version: version_of(word),
-            punch,
-            held: true,
-        }
-    }
-
-    /// Holds the chunk now, or queues the claimant.
-    fn claim_alone(
-        self: &Arc<Self>,
-        shard: &mut Shard,
-        chunk: ChunkId,
-        claimant: Claimant,
-        punch: bool,
-    ) -> Result<Option<Exclusive>, TableError> {
-        let entry = self.entry(shard, chunk);
-        // `slow` is set: from here on this number only falls.
-        let word = self.word(chunk).load(SeqCst);
-        if entry.hold.is_none() && entry.claimants.is_empty() && writers_of(word) == 0 {
-            check_move(state_of(word), ChunkState::Installing)?;
-            return Ok(Some(self.hold(entry, chunk, punch)));
-        }
-        entry.claimants.push_back((claimant, punch));
-        Ok(None)
-    }
-
-    /// Holds a chunk alone: new writers park, and the ones in flight are waited for. Dropping the future gives up.
-    ///
-    /// # Errors
-    /// [`TableError::Illegal`], which would be a bug.
-    pub(super) async fn begin_exclusive(self: &Arc<Self>, chunk: ChunkId) -> Result<Exclusive, TableError> {
-        let (sender, receiver) = oneshot::channel();
-        let granted = self.claim_alone(&mut self.shard(chunk), chunk, Claimant::Task(sender), false)?;
-        match granted {
-            Some(exclusive) => Ok(exclusive),
-            // The sender is only dropped with the table, which `self` keeps.
-            None => {
-                receiver.await.map_err(|_| TableError::Note(io::Error::other("the chunk table has gone")))
-            }
         }
     }
 
@@ -634,112 +424,6 @@ impl Table {
         let shard = self.shard(chunk);
         let look = Self::seen(self.word(chunk).load(SeqCst), shard.get(&chunk));
         Transition { chunk, state: look.lasting, mask: look.mask, version: look.version }
-    }
-}
-
-/// The locks of several shards, taken in rising order so that two threads cannot wait for each other.
-struct Locked<'a>(Vec<(u32, MutexGuard<'a, Shard>)>);
-
-impl<'a> Locked<'a> {
-    fn all_of(table: &'a Table, chunks: impl Iterator<Item = ChunkId>) -> Self {
-        // 64 shards: one bit each.
-        let wanted = BlockMask(chunks.fold(0, |bits, chunk| bits | 1u64 << (chunk.0 % SHARDS)));
-        let guards = wanted.runs().flatten().map(|n| (n, table.shards[n as usize].lock()));
-        Self(guards.collect())
-    }
-
-    fn of(&mut self, chunk: ChunkId) -> &mut Shard {
-        let at = self.0.partition_point(|(n, _)| *n < chunk.0 % SHARDS);
-        // Locked by `all_of` for every chunk that is asked for.
-        &mut self.0[at].1
-    }
-}
-
-/// A chunk held alone. Dropping it gives the chunk back as it was.
-#[derive(Debug)]
-pub(super) struct Exclusive {
-    table: Arc<Table>,
-    chunk: ChunkId,
-    was: ChunkState,
-    mask: BlockMask,
-    version: Version,
-    punch: bool,
-    held: bool,
-}
-
-impl Exclusive {
-    /// The chunk.
-    pub(super) fn chunk(&self) -> ChunkId {
-        self.chunk
-    }
-
-    /// What it was when it was taken, with its mask and version.
-    pub(super) fn was(&self) -> (ChunkState, BlockMask, Version) {
-        (self.was, self.mask, self.version)
-    }
-
-    /// Notes and publishes what the chunk is now, and lets go. Without a version it keeps its own (a punch counts
-    /// as a write).
-    ///
-    /// # Errors
-    /// [`TableError`]: the chunk has been given back as it was.
-    pub(super) fn finish(
-        mut self,
-        state: ChunkState,
-        mask: BlockMask,
-        version: Option<Version>,
-    ) -> Result<(), TableError> {
-        check_move(ChunkState::Installing, state)?;
-        let table = Arc::clone(&self.table);
-        let mut shard = table.shard(self.chunk);
-        let punch = self.punch;
-        let next = move |word: u64| match version {
-            Some(version) => with_state(with_version(word, version), state),
-            None if punch => with_state(bumped(word), state),
-            None => with_state(word, state),
-        };
-        let noted = version_of(next(table.word(self.chunk).load(SeqCst)));
-        if let Err(error) = table.notes.note(&[Transition { chunk: self.chunk, state, mask, version: noted }])
-        {
-            // Before `self` is dropped, which locks the shard.
-            drop(shard);
-            return Err(error.into());
-        }
-        self.held = false;
-        let mut due = Due::default();
-        let entry = table.entry(&mut shard, self.chunk);
-        entry.mask = mask;
-        entry.hold = None;
-        due.wakes = entry.take_parked(|_| true);
-        update(table.word(self.chunk), next);
-        table.settle(&mut shard, self.chunk, &mut due);
-        drop(shard);
-        due.fire();
-        Ok(())
-    }
-}
-
-impl Drop for Exclusive {
-    /// Gives the chunk back. Pieces that wait for its content stay parked: whoever fills tries again.
-    fn drop(&mut self) {
-        if !self.held {
-            return;
-        }
-        let table = Arc::clone(&self.table);
-        let mut due = Due::default();
-        let mut shard = table.shard(self.chunk);
-        let (was, punch) = (self.was, self.punch);
-        update(table.word(self.chunk), |word| {
-            // A punch that failed may have changed the content.
-            let word = with_state(word, was);
-            if punch { bumped(word) } else { word }
-        });
-        let entry = table.entry(&mut shard, self.chunk);
-        entry.hold = None;
-        due.wakes = entry.take_parked(|parked| !parked.fill);
-        table.settle(&mut shard, self.chunk, &mut due);
-        drop(shard);
-        due.fire();
     }
 }
 

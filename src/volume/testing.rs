@@ -37,6 +37,10 @@ impl Disk {
         self.boot += 1;
     }
 
+    pub(super) fn layer(&self) -> PathBuf {
+        self.dir.path().join("state").join("layer")
+    }
+
     fn store(&self) -> Store {
         let params = StoreParams {
             base: self.base.as_ref().map(|path| path.display().to_string()),

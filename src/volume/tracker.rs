@@ -44,18 +44,21 @@ impl Tables {
         let leaves = chunks.div_ceil(64);
         Self {
             written: zeroed(chunks),
-            passes: (0..chunks).map(|_| AtomicU32::new(0)).collect(),
-            plain: (0..chunks).map(|_| AtomicU32::new(0)).collect(),
+            passes: vec![0u32; chunks].into_iter().map(AtomicU32::new).collect(),
+            plain: vec![0u32; chunks].into_iter().map(AtomicU32::new).collect(),
             leaves: zeroed(leaves),
             summary: zeroed(leaves.div_ceil(64)),
         }
     }
 
     fn clear(&self) {
-        for word in self.written.iter().chain(&self.leaves).chain(&self.summary) {
+        // Only what is not zero: pages that were never touched stay without memory.
+        let words = self.written.iter().chain(&self.leaves).chain(&self.summary);
+        for word in words.filter(|word| word.load(Ordering::Relaxed) != 0) {
             word.store(0, Ordering::Relaxed);
         }
-        for count in self.passes.iter().chain(&self.plain) {
+        let counts = self.passes.iter().chain(&self.plain);
+        for count in counts.filter(|count| count.load(Ordering::Relaxed) != 0) {
             count.store(0, Ordering::Relaxed);
         }
     }

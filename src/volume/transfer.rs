@@ -309,15 +309,17 @@ impl Transfer {
     }
 
     /// The source has newer content for `run` chunks from `first` on: they become `Remote`, and nothing of them is
-    /// valid here. Versions stay: an older copy that is still on its way is refused. For a destination that the
-    /// guest does not use yet.
+    /// valid here. Their versions are forgotten: what is pulled may come from another run of the source, whose versions
+    /// mean something else; older copies that are still on their way are the session's to refuse, by epoch. For a
+    /// destination that the guest does not use yet.
     ///
     /// # Errors
     /// `NoChunk` when the run leaves the volume; `Table`.
     pub async fn mark_remote(&self, first: ChunkId, run: u32) -> Result<(), TransferError> {
         self.change(first, run, |now| {
-            let (state, mask) = (ChunkState::Remote, BlockMask::EMPTY);
-            (now.state != state || !now.mask.is_empty()).then_some(Transition { state, mask, ..now })
+            let (state, mask, version) = (ChunkState::Remote, BlockMask::EMPTY, Version(0));
+            let next = Transition { chunk: now.chunk, state, mask, version };
+            (next != now).then_some(next)
         })
         .await
     }
@@ -476,3 +478,7 @@ impl Transfer {
         set.iter().map(|chunk| (chunk, self.volume.table().look(chunk).version)).collect()
     }
 }
+
+#[cfg(test)]
+#[path = "transfer_tests.rs"]
+mod tests;

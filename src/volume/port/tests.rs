@@ -205,7 +205,7 @@ fn run(base_sectors: Option<usize>, write_cache: bool, steps: &[Step]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
     fn behaves_like_bytes_over_a_base(steps in steps(), sectors in 1usize..SECTORS) {
@@ -310,4 +310,69 @@ fn what_a_guest_may_not_ask_is_refused() {
     refused(Request::read(volume, u64::MAX - 511, buf(SECTOR), Token::new(0)));
     refused(Request::write(volume, 0, buf(SECTOR), Token::new(0)));
     refused(Request::zero(volume, 0, SECTOR as u64, true, Token::new(0)));
+}
+
+fn finished(daemon: &mut Daemon, count: usize) -> Vec<(u64, Status)> {
+    let mut done = Vec::new();
+    while done.len() < count {
+        done.extend(daemon.turn());
+    }
+    done
+}
+
+#[test]
+fn the_first_error_of_a_piece_is_the_status_and_the_state_stays() {
+    let disk = Disk::new(SIZE as u64, None);
+    let mut daemon = disk.open();
+    daemon.write_now(0, &fill(1..257));
+    let layer = std::fs::File::options().write(true).open(disk.layer()).unwrap();
+    layer.set_len(u64::from(CHUNK)).unwrap();
+    // The first piece can be read, the second has lost its bytes, the third is zeros.
+    let (read, buf) = daemon.read(0, 3 * CHUNK as usize);
+    assert_eq!(finished(&mut daemon, 1), [(read, Status::IoError)]);
+    assert_eq!(numbers(&buf.to_vec()[..CHUNK as usize]), (1..129).collect::<Vec<_>>());
+    assert_eq!(daemon.volume.state(ChunkId(1)), Some(ChunkState::Modified));
+    assert_eq!((daemon.volume.io().errors, daemon.volume.io().reads), (1, 1));
+    layer.set_len(SIZE as u64).unwrap();
+    daemon.write_now(u64::from(CHUNK), &fill(1..2));
+    assert_eq!(numbers(&daemon.read_now(u64::from(CHUNK), SECTOR)), [1]);
+}
+
+#[test]
+fn t27_whoever_waits_for_a_lost_source_can_be_failed_and_others_go_on() {
+    let disk = Disk::new(SIZE as u64, None);
+    let mut daemon = disk.open();
+    daemon.runtime.block_on(daemon.transfer.mark_remote(ChunkId(0), 2)).unwrap();
+    let (first, _) = daemon.read(0, SECTOR);
+    let (second, _) = daemon.read(u64::from(CHUNK), SECTOR);
+    let third = daemon.write(2 * u64::from(CHUNK), &fill(1..2));
+    assert_eq!(finished(&mut daemon, 1), [(third, Status::Ok)]);
+    assert_eq!(daemon.transfer.fail_waiters(ChunkId(0)), 1);
+    assert_eq!(finished(&mut daemon, 1), [(first, Status::IoError)]);
+    daemon.port.fail_parked(Status::IoError);
+    assert_eq!(finished(&mut daemon, 1), [(second, Status::IoError)]);
+    assert_eq!((daemon.port.outstanding(), daemon.port.in_flight()), (0, 0));
+    // Asked again, it is demanded again.
+    let (again, _) = daemon.read(0, SECTOR);
+    daemon.seen.clear();
+    daemon.turn();
+    assert_eq!(daemon.seen, [VolumeEvent::Demand { chunk: ChunkId(0), origin: Origin::Source }]);
+    daemon.port.fail_parked(Status::IoError);
+    assert_eq!(finished(&mut daemon, 1), [(again, Status::IoError)]);
+}
+
+#[test]
+fn a_bell_is_heard_by_a_sleeping_queue() {
+    let disk = Disk::new(SIZE as u64, None);
+    let mut daemon = disk.open();
+    let waker = daemon.port.waker();
+    let ringer = std::thread::spawn(move || waker.wake());
+    let mut heard = false;
+    while !heard {
+        daemon.port.wait(1, None).unwrap();
+        while let Some(event) = daemon.port.next() {
+            heard |= matches!(event, PortEvent::Woken);
+        }
+    }
+    ringer.join().unwrap();
 }
