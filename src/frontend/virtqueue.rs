@@ -102,7 +102,8 @@ pub(super) struct Virtqueue {
 }
 
 impl Virtqueue {
-    /// Starts at available index `base`, or where an in-flight region says.
+    /// Starts at available index `base`, or where an in-flight region says. The driver is called once: what was used
+    /// while the front-end was away, or before it moved, may have been announced to nobody.
     ///
     /// # Errors
     /// The ring is not in guest memory.
@@ -122,6 +123,7 @@ impl Virtqueue {
         } else if base != used {
             log::debug!("queue {index}: starts at available index {base}, used index {used}");
         }
+        call(setup.call.as_ref(), index);
         Ok(Self {
             index,
             ring,
@@ -149,6 +151,10 @@ impl Virtqueue {
         self.ring = RingMemory::new(&setup.memory, &setup.addresses, self.ring.size())?;
         if !Arc::ptr_eq(&setup.memory, &self.setup.memory) {
             self.view = View::new(Arc::clone(&setup.memory));
+        }
+        let same = self.setup.call.as_ref().map(Arc::as_ptr) == setup.call.as_ref().map(Arc::as_ptr);
+        if !same {
+            call(setup.call.as_ref(), self.index);
         }
         let (size, inflight) = (self.setup.size, self.setup.inflight.take());
         self.setup = RingSetup { size, inflight, ..setup };
@@ -377,8 +383,8 @@ impl Virtqueue {
         } else {
             !self.ring.no_interrupt()
         };
-        if let Some(call) = self.setup.call.as_ref().filter(|_| wanted) {
-            signal(call, "call", self.index);
+        if wanted {
+            call(self.setup.call.as_ref(), self.index);
         }
     }
 
@@ -435,6 +441,12 @@ fn status_byte(status: Status) -> u8 {
         Status::Ok => S_OK,
         Status::IoError => S_IOERR,
         Status::Unsupported => S_UNSUPP,
+    }
+}
+
+fn call(event: Option<&Arc<File>>, index: u16) {
+    if let Some(event) = event {
+        signal(event, "call", index);
     }
 }
 

@@ -172,6 +172,8 @@ pub struct Guest {
     pub inflight: Option<(VhostUserInflight, File)>,
     /// Rings have VRING_F_LOG set.
     pub ring_log: bool,
+    /// Where writes to used rings are logged, if not where they are.
+    pub log_at: Option<u64>,
 }
 
 impl Guest {
@@ -199,7 +201,17 @@ impl Guest {
             link.set_vring_err(queue.index, &queue.error).unwrap();
         }
         let features = features & !LOG_ALL;
-        Self { link, memory, queues, features, indirect: false, high: false, inflight: None, ring_log: false }
+        Self {
+            link,
+            memory,
+            queues,
+            features,
+            indirect: false,
+            high: false,
+            inflight: None,
+            ring_log: false,
+            log_at: None,
+        }
     }
 
     pub fn config(&mut self, offset: u32, len: usize) -> Vec<u8> {
@@ -212,19 +224,22 @@ impl Guest {
         self.link.set_features(features).unwrap();
     }
 
-    pub fn set_addresses(&self, index: usize) {
+    /// What SET_VRING_ADDR says.
+    pub fn ring_config(&self, index: usize, logged: bool) -> VringConfigData {
         let queue = &self.queues[index];
-        let log = (self.ring_log).then(|| queue.used_ring());
-        let config = VringConfigData {
+        VringConfigData {
             queue_max_size: RING,
             queue_size: RING,
-            flags: u32::from(self.ring_log),
+            flags: u32::from(logged),
             desc_table_addr: USER + queue.base,
             used_ring_addr: USER + queue.used_ring(),
             avail_ring_addr: USER + queue.available_ring(),
-            log_addr: log,
-        };
-        self.link.set_vring_addr(index, &config).unwrap();
+            log_addr: logged.then(|| self.log_at.unwrap_or(queue.used_ring())),
+        }
+    }
+
+    pub fn set_addresses(&self, index: usize) {
+        self.link.set_vring_addr(index, &self.ring_config(index, self.ring_log)).unwrap();
     }
 
     /// The messages of a start up to the last KICK, for these rings.
@@ -372,6 +387,16 @@ impl Guest {
         done
     }
 
+    /// Whether the device asks for a kick, now that the available index has moved on from `old`.
+    pub fn wants_kick(&self, index: usize, old: u16) -> bool {
+        let queue = &self.queues[index];
+        if self.features & EVENT_IDX == 0 {
+            return self.memory.read16(queue.used_ring()) & 1 == 0;
+        }
+        let event = self.memory.read16(queue.used_ring() + 4 + 8 * u64::from(RING));
+        queue.available.wrapping_sub(event).wrapping_sub(1) < queue.available.wrapping_sub(old)
+    }
+
     /// Waits for `count` completions.
     pub fn wait(&mut self, index: usize, count: usize) -> Vec<Done> {
         let since = Instant::now();
@@ -403,7 +428,7 @@ impl Guest {
 
     /// A new connection of the same guest, whose rings go on.
     pub fn reconnect(self, path: &Path) -> Self {
-        let Self { link, memory, queues, features, indirect, high, inflight, ring_log } = self;
+        let Self { link, memory, queues, features, indirect, high, inflight, ring_log, log_at } = self;
         drop(link);
         let mut next = Self::connect_with(path, queues.len(), memory);
         next.queues = queues;
@@ -412,7 +437,7 @@ impl Guest {
             next.link.set_vring_err(queue.index, &queue.error).unwrap();
         }
         (next.features, next.indirect, next.high) = (features, indirect, high);
-        (next.inflight, next.ring_log) = (inflight, ring_log);
+        (next.inflight, next.ring_log, next.log_at) = (inflight, ring_log, log_at);
         next
     }
 }

@@ -38,8 +38,9 @@ fn expect(rig: &Rig, expected: &[S]) {
     assert_eq!(heard(rig), expected);
 }
 
-const FIRST: S = S::RingsStarting { reconnect: false, fresh: true };
-const AGAIN: S = S::RingsStarting { reconnect: false, fresh: false };
+const FIRST: S = S::RingsStarting { reconnect: false, fresh: true, resumes: false };
+const AGAIN: S = S::RingsStarting { reconnect: false, fresh: false, resumes: true };
+const REBOOT: S = S::RingsStarting { reconnect: false, fresh: false, resumes: false };
 
 fn log_file() -> File {
     let file = tempfile::tempfile().unwrap();
@@ -140,6 +141,32 @@ fn writes_of_the_guest_dirty_no_data_page() {
 }
 
 #[test]
+fn used_ring_writes_are_logged_at_their_own_address() {
+    let (_rig, mut guest) = rig(1);
+    guest.start_fresh();
+    let log = log_file();
+    // Flags, index and elements 0 to 61 lie on one page, the rest and the event index on the next.
+    guest.log_at = Some(0x70_1000 - 500);
+    log_on(&mut guest, &log);
+    let mut ask = |count: usize| {
+        dirty(&log);
+        (0..count).for_each(|_| assert_eq!(guest.ask(0, &Ask::Flush).status, OK));
+        dirty(&log)
+    };
+    assert!(ask(1).contains(&0x700), "the first element and the index");
+    assert!(ask(62).contains(&0x701), "the last element of 63");
+    // Elements 63 to 122 one by one, then 123 to 132 at once, across the wrap.
+    ask(60);
+    for _ in 0..10 {
+        guest.send(0, &Ask::Flush);
+    }
+    guest.kick(0);
+    guest.wait(0, 10);
+    guest.stop();
+    assert_eq!(dirty(&log).iter().filter(|page| **page >> 1 == 0x380).count(), 2);
+}
+
+#[test]
 fn a_b_c_migration_switchover_and_exit() {
     let (rig, mut guest) = rig(1);
     guest.start_fresh();
@@ -233,7 +260,7 @@ fn t17_g_a_reboot_resets_and_starts_from_nothing() {
     guest.inflight = None;
     guest.start_fresh();
     assert!(guest.ask(0, &Ask::In(0, 4096)).data == data);
-    expect(&rig, &[S::Connected, FIRST, S::RingsStopped, AGAIN]);
+    expect(&rig, &[S::Connected, FIRST, S::RingsStopped, REBOOT]);
     // Without a stop before it, a reset stops the rings itself.
     guest.send(0, &Ask::In(0, 4096));
     guest.link.reset_device().unwrap();
@@ -499,4 +526,39 @@ fn the_end_of_the_daemon_waits_for_no_verdict() {
     rig.frontend.take().unwrap().shutdown();
     drop(done);
     assert!(front.join().unwrap().is_err());
+}
+
+/// QEMU sends all of these while the guest writes. A message that moved an index would lose or repeat requests.
+#[test]
+fn t18_messages_to_busy_rings_lose_no_request() {
+    let (_rig, mut guest) = rig(2);
+    guest.start_fresh();
+    let (link, memory) = (guest.link.clone(), guest.memory.regions());
+    let (off, on) = (guest.ring_config(0, false), guest.ring_config(0, true));
+    let features = guest.features;
+    let log = log_file();
+    let region = vhost::VhostUserDirtyLogRegion {
+        mmap_size: LOG_BYTES,
+        mmap_offset: 0,
+        mmap_handle: std::os::fd::AsRawFd::as_raw_fd(&log),
+    };
+    let (busy, is_busy) = channel::<()>();
+    let front = std::thread::spawn(move || {
+        let mut rounds = 0;
+        while matches!(is_busy.try_recv(), Err(std::sync::mpsc::TryRecvError::Empty)) {
+            link.set_log_base(0, Some(region)).unwrap();
+            link.set_features(features | LOG_ALL).unwrap();
+            link.set_vring_addr(0, &on).unwrap();
+            link.set_mem_table(&memory).unwrap();
+            link.set_features(features).unwrap();
+            link.set_vring_addr(0, &off).unwrap();
+            rounds += 1;
+        }
+        rounds
+    });
+    crate::io::random_load(&mut guest, 0, 300, 11);
+    drop(busy);
+    assert!(front.join().unwrap() > 0);
+    let available = u32::from(guest.queues[0].available);
+    assert_eq!(guest.stop(), [available, 0]);
 }

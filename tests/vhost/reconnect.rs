@@ -34,12 +34,12 @@ fn t22_a_front_end_that_comes_back_is_named_so() {
     let bases = used(&guest);
     guest.start(&bases);
     assert!(guest.ask(0, &Ask::In(0, 4096)).data == data);
-    let again = S::RingsStarting { reconnect: true, fresh: true };
+    let again = S::RingsStarting { reconnect: true, fresh: true, resumes: true };
     assert_eq!(rig.count(&again), 1);
     assert_eq!(rig.count(&S::RingsStopped), 0, "a lost connection is no stop");
     let bases = guest.stop();
     guest.start(&bases);
-    assert_eq!(rig.count(&S::RingsStarting { reconnect: true, fresh: false }), 1);
+    assert_eq!(rig.count(&S::RingsStarting { reconnect: true, fresh: false, resumes: true }), 1);
 }
 
 #[test]
@@ -75,7 +75,7 @@ fn t22_requests_that_waited_when_the_connection_was_lost_are_done_again() {
         assert!(guest.ask(0, &Ask::In(8, 4096)).data == data);
     }
     // The second process did not make the region, so it knows that the front-end is older.
-    let again = S::RingsStarting { reconnect: true, fresh: true };
+    let again = S::RingsStarting { reconnect: true, fresh: true, resumes: true };
     assert_eq!(rig.count(&again), 2);
     let bases = guest.stop();
     assert_eq!(bases, [u32::from(guest.queues[0].available)]);

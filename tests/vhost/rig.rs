@@ -2,10 +2,10 @@
 //! The back-end under test, and a stand-in for the node that answers its signals.
 
 use blkferry::config::FrontendSocket;
-use blkferry::core::geometry::DEFAULT_CHUNK_SIZE;
 use blkferry::frontend::server::{Frontend, Options};
 use blkferry::frontend::signal::{Envelope, HypervisorSignal, Verdict};
-use blkferry::volume::{Closed, Volume, VolumeEvents};
+use blkferry::store::{Store, StoreParams};
+use blkferry::volume::{Closed, Volume, VolumeEvents, VolumeOptions};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -113,7 +113,7 @@ impl Rig {
     pub fn layer(&self, offset: u64, len: usize) -> Vec<u8> {
         use std::os::unix::fs::FileExt;
         let mut bytes = vec![0; len];
-        std::fs::File::open(self.dir.path().join("layer"))
+        std::fs::File::open(self.dir.path().join("state/layer"))
             .unwrap()
             .read_exact_at(&mut bytes, offset)
             .unwrap();
@@ -131,22 +131,8 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 fn open_volume(dir: &TempDir, setup: &Setup) -> (Arc<Volume>, VolumeEvents) {
-    use blkferry::core::geometry::Geometry;
-    use blkferry::store::{ChunkMap, Layer, Store};
-    use blkferry::volume::VolumeOptions;
-    let file = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(dir.path().join("layer"))
-        .unwrap();
-    file.set_len(setup.size).unwrap();
-    let store = Store {
-        map: ChunkMap,
-        layer: Layer { f: file },
-        base: None,
-        g: Geometry::new(setup.size, DEFAULT_CHUNK_SIZE).unwrap(),
-    };
+    let params = StoreParams { size: Some(setup.size), ..StoreParams::default() };
+    let store = Store::open(&dir.path().join("state"), &params).unwrap();
     let options = VolumeOptions { read_only: setup.read_only, write_cache: true };
     Volume::open(store, options, Box::new(|| {})).unwrap()
 }
