@@ -307,6 +307,10 @@ impl Node {
             DestinationStage::Receiving | DestinationStage::Complete => Vec::new(),
         };
         self.store.map.keep_versions(true);
+        // Before the revert: its commit is then one under this handoff, and is not taken back by a second restart.
+        if matches!(record.stage, DestinationStage::Prepared | DestinationStage::Active { .. }) {
+            self.store.map.set_handoff(self.epoch);
+        }
         if !same_boot && record.stage != DestinationStage::Complete {
             let committed = self.store.recovered.committed_handoff.is_some_and(|epoch| epoch >= self.epoch);
             if !committed {
@@ -314,9 +318,6 @@ impl Node {
                 let modified: ChunkSet = entries.iter().map(|entry| entry.0).collect();
                 self.transfer.revert_to_remote(&modified).await.map_err(NodeError::Transfer)?;
             }
-        }
-        if matches!(record.stage, DestinationStage::Prepared | DestinationStage::Active { .. }) {
-            self.store.map.set_handoff(self.epoch);
         }
         let counts: HashMap<_, _> = entries.into_iter().collect();
         let remote = self.transfer.remote_chunks();

@@ -414,7 +414,13 @@ impl Node {
             }
             Done::Persisted { seq, result: Ok(()) } => match &mut self.role {
                 RoleDriver::Source(source) => source.session.handle_persisted(now, seq),
-                RoleDriver::Destination(destination) => destination.session.handle_persisted(now, seq),
+                RoleDriver::Destination(destination) => {
+                    destination.session.handle_persisted(now, seq);
+                    // Commits from here on are commits of a disk that was handed over.
+                    if destination.session.stage() == DestinationStage::Prepared {
+                        self.store.map.set_handoff(destination.session.epoch());
+                    }
+                }
                 RoleDriver::Serving | RoleDriver::Idle => {}
             },
             Done::Installed { chunk, version, installed } => {
