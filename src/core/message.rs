@@ -308,7 +308,8 @@ pub enum Message {
         /// The epoch of the offer.
         epoch: Epoch,
     },
-    /// Destination: the digest does not match what was announced; announce all again.
+    /// Destination: the digest does not match what was announced. The source connects again, so that both sides
+    /// compare what is here.
     Mismatch {
         /// The epoch of the offer.
         epoch: Epoch,

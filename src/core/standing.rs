@@ -58,7 +58,7 @@ fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The contribution of one chunk of the remaining set. The sum over the set does not depend on the order. It guards
+/// The contribution of one chunk of which something was told. The sum over the set does not depend on the order. It guards
 /// against errors, not against a malicious peer, who could send wrong data as well.
 fn contribution(chunk: ChunkId, told: u8) -> u128 {
     let key = u64::from(chunk.0) << 8 | u64::from(told);
@@ -84,18 +84,19 @@ impl Standings {
     pub fn set(&mut self, chunk: ChunkId, told: Told) {
         let Some(slot) = self.told.get_mut(chunk.index()) else { return };
         let byte = told.byte();
-        if *slot >= REMAINING {
+        if *slot != NOTHING {
             self.digest = self.digest.wrapping_sub(contribution(chunk, *slot));
-            self.remaining -= 1;
+            self.remaining -= u32::from(*slot >= REMAINING);
         }
-        if byte >= REMAINING {
+        if byte != NOTHING {
             self.digest = self.digest.wrapping_add(contribution(chunk, byte));
-            self.remaining += 1;
+            self.remaining += u32::from(byte >= REMAINING);
         }
         *slot = byte;
     }
 
-    /// Digest of the remaining set with its counts.
+    /// Digest of the whole table: of the remaining set with its counts, and of the settled chunks. Those count too,
+    /// because together they are the modified set that a destination falls back to when its host goes down.
     #[must_use]
     pub fn digest(&self) -> RemainingDigest {
         RemainingDigest(self.digest)
@@ -158,6 +159,8 @@ mod tests {
         one.set(ChunkId(6), Told::Settled);
         two.set(ChunkId(5), Told::Remaining(8));
         two.set(ChunkId(1), Told::Remaining(0));
+        assert_ne!(one.digest(), two.digest(), "a settled chunk that was never told is missed");
+        two.set(ChunkId(6), Told::Settled);
         assert_eq!((one.digest(), one.remaining()), (two.digest(), 2));
         two.set(ChunkId(1), Told::Remaining(1));
         assert_ne!(one.digest(), two.digest());

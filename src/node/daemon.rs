@@ -17,7 +17,6 @@ use crate::core::geometry::ChunkId;
 use crate::core::message::{Epoch, Hello, Message};
 use crate::core::record::{DestinationRecord, DestinationStage, MigrationRecord, Role, SourceStage};
 use crate::core::set::ChunkSet;
-use crate::engine::CompanionEngine;
 use crate::frontend::features;
 use crate::frontend::server::{Frontend, Options};
 use crate::peer::{LinkEvent, LinkOptions, ListenParams, Listener, PeerLink, Throttle, TlsClient, TlsServer};
@@ -32,8 +31,6 @@ use tokio::task::spawn_local;
 
 /// Room for commands that wait their turn.
 const COMMANDS: usize = 16;
-/// File operations that the companion may have under way.
-const COMPANION_DEPTH: u32 = 256;
 
 /// What the surface above starts when the node can be asked: it gets the handle and runs beside the node.
 pub type Surface = Box<dyn FnOnce(NodeHandle) -> Result<(), NodeError>>;
@@ -201,8 +198,7 @@ async fn build(config: Config, store: Store, plumbing: Plumbing) -> Result<Node,
     let dirty = Box::new(move || drop(waker.send(Input::Wrote)));
     let (volume, events) = Volume::open(store, options, dirty).map_err(NodeError::Volume)?;
     let store = Arc::clone(volume.store());
-    let engine = CompanionEngine::new(COMPANION_DEPTH).map_err(NodeError::Volume)?;
-    let transfer = Rc::new(Transfer::new(Arc::clone(&volume), engine).map_err(NodeError::Volume)?);
+    let transfer = Rc::new(Transfer::open(&volume).map_err(NodeError::Volume)?);
     forward(events, inputs.clone(), Input::Volume);
     let (signals, signal_queue) = mpsc::unbounded_channel();
     forward(signal_queue, inputs.clone(), Input::Signal);
@@ -221,6 +217,7 @@ async fn build(config: Config, store: Store, plumbing: Plumbing) -> Result<Node,
         volume_id: superblock.volume,
         base: superblock.base,
         epoch: Epoch(1),
+        virgin: recorded.is_none() && fresh,
         incarnation: uuid::Uuid::new_v4().as_u64_pair().0,
         transfer,
         store,
@@ -271,7 +268,11 @@ impl Node {
                 self.role = RoleDriver::Serving;
                 self.open_gate();
             }
-            Role::Idle => self.close_gate(Closed::Idle),
+            Role::Idle => {
+                self.close_gate(Closed::Idle);
+                // The daemon may have ended before all that had come was dropped.
+                self.transfer.wipe().await.map_err(NodeError::Transfer)?;
+            }
             Role::Source(record) => {
                 let serves = record.stage == SourceStage::Pushing;
                 self.resume_source(&record, same_boot);

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The node as a migration destination: carries out what the [`DestinationSession`] decides.
 
-use super::admission::Standing;
 use super::input::Done;
 use super::node::Node;
 use super::report::Outcome;
 use crate::core::destination::{DestinationAction, DestinationSession, LocalFacts};
 use crate::core::geometry::ChunkId;
-use crate::core::message::{Epoch, Hello, Version};
+use crate::core::message::{Epoch, Hello, Purpose, Version};
 use crate::core::record::{DestinationRecord, DestinationStage};
 use crate::frontend::signal::Verdict;
 use crate::peer::LinkSender;
@@ -40,8 +39,9 @@ impl Node {
     }
 
     /// Stands ready for a source: `released` when this side has given this very volume away before.
-    pub(super) fn idle_session(&self, released: bool) -> DestinationSession {
-        DestinationSession::idle(self.facts(!released, released))
+    pub(super) fn stand_ready(&mut self, released: bool) {
+        let session = DestinationSession::idle(self.facts(self.virgin, released));
+        self.become_destination(DestinationDriver { session, link: None, installed: 0 });
     }
 
     /// Goes on with a migration that a record tells of.
@@ -79,8 +79,8 @@ impl Node {
             DestinationAction::Send(message) => self.send(message),
             DestinationAction::Adopt(hello) => self.adopt(&hello),
             DestinationAction::Install(data) => {
-                let receiving = self.standing() == Standing::Receiving;
-                let phase = if receiving { InstallPhase::Receiving } else { InstallPhase::Pulling };
+                let pushed = data.purpose == Purpose::Push;
+                let phase = if pushed { InstallPhase::Receiving } else { InstallPhase::Pulling };
                 self.jobs.install(data, phase);
             }
             DestinationAction::MarkRemote { first, run } => self.jobs.mark_remote(first, run),
@@ -117,6 +117,7 @@ impl Node {
 
     /// Takes over what belongs to the disk and not to this daemon.
     fn adopt(&mut self, hello: &Hello) {
+        self.virgin = false;
         self.jobs.begin_run();
         self.report.begin_destination(hello.migration);
         self.volume_id = hello.volume;

@@ -14,6 +14,7 @@ use crate::core::source::Capture;
 use crate::peer::{ConnectParams, PeerLink, connect};
 use crate::store::{RemainingRun, Store};
 use crate::volume::{InstallPhase, Transfer};
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -40,7 +41,8 @@ pub(super) struct Jobs {
     run: u64,
     writes: VecDeque<Write>,
     writing: bool,
-    moving: Rc<std::cell::Cell<u32>>,
+    moving: Rc<Cell<u32>>,
+    tidying: Rc<Cell<bool>>,
 }
 
 impl Jobs {
@@ -54,6 +56,7 @@ impl Jobs {
             writes: VecDeque::new(),
             writing: false,
             moving: Rc::default(),
+            tidying: Rc::default(),
         }
     }
 
@@ -194,7 +197,11 @@ impl Jobs {
 
     /// Commits what has come so far, and rotates the journal when it has grown; reports nothing.
     pub(super) fn upkeep(&self, commit: bool) {
-        let transfer = Rc::clone(&self.transfer);
+        // One at a time; what is left out comes with the next.
+        if self.tidying.replace(true) {
+            return;
+        }
+        let (transfer, tidying) = (Rc::clone(&self.transfer), Rc::clone(&self.tidying));
         spawn_local(async move {
             if commit && let Err(error) = transfer.sync().await {
                 log::error!("the volume cannot be made durable: {error}");
@@ -202,6 +209,7 @@ impl Jobs {
             if let Err(error) = transfer.maybe_rotate().await {
                 log::error!("the chunk map's journal cannot be rotated: {error}");
             }
+            tidying.set(false);
         });
     }
 

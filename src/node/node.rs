@@ -21,7 +21,8 @@ use super::report::{Outcome, Report};
 use super::source::SourceDriver;
 use super::status::{Command, Denied, MigrationState, Snapshot};
 use crate::config::Config;
-use crate::core::message::{BaseIdentity, ChunkData, Epoch, Message, VolumeId};
+use crate::core::message::{BaseIdentity, ChunkData, Epoch, Message, Refusal, VolumeId};
+use crate::core::ownership::DestinationStep;
 use crate::core::record::{DestinationStage, MigrationRecord, Role, SourceStage};
 use crate::frontend::server::Frontend;
 use crate::peer::{LinkEvent, LinkSender, PeerLink, Throttle, TlsClient};
@@ -59,6 +60,8 @@ pub(super) struct Node {
     pub(super) device_features: u64,
     pub(super) guest_features: Option<u64>,
     pub(super) epoch: Epoch,
+    /// Nothing was ever kept here.
+    pub(super) virgin: bool,
     pub(super) incarnation: u64,
     pub(super) transfer: Rc<Transfer>,
     pub(super) store: Arc<Store>,
@@ -188,6 +191,9 @@ impl Node {
                 SourceStage::Relinquished { .. } => Standing::Relinquished,
                 SourceStage::Released => Standing::Released,
             },
+            RoleDriver::Destination(destination) if destination.session.step() == DestinationStep::Idle => {
+                Standing::Idle
+            }
             RoleDriver::Destination(destination) => match destination.session.stage() {
                 DestinationStage::Receiving => Standing::Receiving,
                 DestinationStage::Prepared => Standing::Prepared,
@@ -268,15 +274,25 @@ impl Node {
             );
             let text = "this daemon serves a disk of its own".to_owned();
             // The peer may be gone already.
-            let _ = link.tx.send(Message::Refuse { reason: crate::core::message::Refusal::Busy, text });
+            let _ = link.tx.send(Message::Refuse { reason: Refusal::Busy, text });
             link.tx.close();
             return;
         }
+        // A live connection of a migration that was agreed is not given up for a stranger's; the source tries again.
+        let taken = self.destination_mut().is_some_and(|destination| {
+            destination.session.agreed() && destination.link.as_ref().is_some_and(|link| !link.is_closed())
+        });
+        if taken {
+            log::warn!("a second connection, from {}, was closed: the first one is alive", link.peer);
+            link.tx.close();
+            return;
+        }
+        self.drop_link();
+        self.tell_disconnected();
         let released = self.standing() == Standing::Released;
         if released || matches!(self.role, RoleDriver::Idle) {
             self.jobs.begin_run();
-            let session = self.idle_session(released);
-            self.become_destination(DestinationDriver { session, link: None, installed: 0 });
+            self.stand_ready(released);
         }
         if self.destination_mut().is_none() {
             log::warn!("a migration source at {} was turned away: this daemon is a source itself", link.peer);
@@ -446,8 +462,16 @@ impl Node {
             }
             Done::Marked(Ok(())) => {}
             Done::Marked(Err(error)) => self.fault(&format!("chunks cannot be marked remote: {error}")),
-            Done::Wiped(Err(error)) => self.fault(&format!("what had come cannot be dropped: {error}")),
+            Done::Wiped(Err(error)) => self.cannot_wipe(&error),
         }
+    }
+
+    /// A destination that cannot be emptied can take nothing in.
+    fn cannot_wipe(&mut self, error: &str) {
+        let text = format!("the volume cannot be emptied for a migration: {error}");
+        self.fault(&text);
+        self.send(Message::Refuse { reason: Refusal::Io, text: text.clone() });
+        self.finish(Outcome::Failed { reason: Refusal::Io, text });
     }
 
     fn on_connected(&mut self, result: Result<PeerLink, String>) {
@@ -468,6 +492,8 @@ impl Node {
 
     /// A migration has ended at this side.
     pub(super) fn finish(&mut self, outcome: Outcome) {
+        // An epoch that a record names is never used again.
+        self.follow_epoch();
         match &outcome {
             Outcome::Completed => log::info!("migration completed"),
             Outcome::Cancelled => log::info!("migration cancelled"),
@@ -513,6 +539,14 @@ impl Node {
 
     /// Makes this node the owner of a disk that no migration brought: durable before the guest runs.
     pub(super) fn claim(&mut self) -> Result<(), String> {
+        self.drop_link();
+        if !std::mem::take(&mut self.virgin) && matches!(self.standing(), Standing::Idle) {
+            // What was here belonged to a migration that did not come to its end: this is another disk.
+            self.volume_id = VolumeId(*uuid::Uuid::new_v4().as_bytes());
+            let (serial, read_only) = (&self.config.serial, self.config.read_only);
+            self.store.adopt(self.volume_id, serial, read_only).map_err(|e| e.to_string())?;
+            self.frontend.set_serial(serial);
+        }
         let record = MigrationRecord::V1 { volume: self.volume_id, epoch: self.epoch, role: Role::Serving };
         self.store.record.store(&record).map_err(|e| e.to_string())?;
         self.role = RoleDriver::Serving;

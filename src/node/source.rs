@@ -13,6 +13,7 @@ use crate::core::strategy::Strategy;
 use crate::frontend::signal::Verdict;
 use crate::peer::connect::parse_destination;
 use crate::peer::{ConnectParams, LinkOptions, LinkSender};
+use crate::volume::Closed;
 use std::time::Duration;
 
 /// Chunks that may be captured or unacknowledged at a time: 16 MiB at the default chunk size.
@@ -178,6 +179,7 @@ impl Node {
             SourceAction::Persist { seq, record } => self.jobs.persist(seq, record, None),
             SourceAction::SyncLayer => self.jobs.sync(super::input::Done::LayerSynced),
             SourceAction::OpenGate => self.open_gate(),
+            SourceAction::CloseGate => self.close_gate(Closed::Offered),
             SourceAction::RingsStopAnswered => self.holds.answer_stop(),
             SourceAction::RingsStartAnswered { allowed, reason } => {
                 let verdict = if allowed {

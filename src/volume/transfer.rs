@@ -62,6 +62,9 @@ pub enum TransferError {
     Table(#[from] TableError),
 }
 
+/// File operations that the companion may have under way.
+const ENGINE_DEPTH: u32 = 256;
+
 /// A copy of a chunk's content.
 #[derive(Debug)]
 pub struct Captured {
@@ -101,6 +104,14 @@ pub struct Transfer {
 }
 
 impl Transfer {
+    /// With a file engine of its own. Call it in the runtime of the companion thread.
+    ///
+    /// # Errors
+    /// No io_uring, or no descriptor is left.
+    pub fn open(volume: &Arc<Volume>) -> io::Result<Self> {
+        Self::new(Arc::clone(volume), CompanionEngine::new(ENGINE_DEPTH)?)
+    }
+
     /// Uses `engine` for its file operations.
     ///
     /// # Errors
@@ -197,7 +208,9 @@ impl Transfer {
         let held = loop {
             let held = self.volume.table().begin_exclusive(chunk).await?;
             let (was, mask, current) = held.was();
-            let stale = version < current;
+            // What is pulled may come from another run of the source, whose versions mean something else: there the
+            // epoch keeps old copies out.
+            let stale = phase == InstallPhase::Receiving && version < current;
             let replaceable = was == ChunkState::Remote || phase == InstallPhase::Receiving;
             if stale || !replaceable {
                 return Ok(Installed::Superseded);
@@ -309,17 +322,15 @@ impl Transfer {
     }
 
     /// The source has newer content for `run` chunks from `first` on: they become `Remote`, and nothing of them is
-    /// valid here. Their versions are forgotten: what is pulled may come from another run of the source, whose versions
-    /// mean something else; older copies that are still on their way are the session's to refuse, by epoch. For a
+    /// valid here. Versions stay: while the disk is received, an older copy that is still on its way is refused. For a
     /// destination that the guest does not use yet.
     ///
     /// # Errors
     /// `NoChunk` when the run leaves the volume; `Table`.
     pub async fn mark_remote(&self, first: ChunkId, run: u32) -> Result<(), TransferError> {
         self.change(first, run, |now| {
-            let (state, mask, version) = (ChunkState::Remote, BlockMask::EMPTY, Version(0));
-            let next = Transition { chunk: now.chunk, state, mask, version };
-            (next != now).then_some(next)
+            let (state, mask) = (ChunkState::Remote, BlockMask::EMPTY);
+            (now.state != state || !now.mask.is_empty()).then_some(Transition { state, mask, ..now })
         })
         .await
     }

@@ -136,6 +136,9 @@ pub struct DestinationSession {
     hello: Option<Hello>,
     migration: MigrationId,
     incarnation: Incarnation,
+    /// A new run of the source goes on with the offer that is prepared here. What is here stays good as long as the
+    /// offer does; the versions of it mean nothing to that run.
+    foreign: bool,
     epoch: Epoch,
     connected: bool,
     welcomed: bool,
@@ -168,6 +171,7 @@ impl DestinationSession {
             hello: None,
             migration: MigrationId::default(),
             incarnation: Incarnation::default(),
+            foreign: false,
             epoch: facts.epoch,
             connected: false,
             welcomed: false,
@@ -378,7 +382,11 @@ impl DestinationSession {
     // ---- connection -------------------------------------------------------------------------------------------
 
     /// A source has connected; it greets first.
-    pub fn handle_connected(&mut self, _now: Duration) {
+    pub fn handle_connected(&mut self, now: Duration) {
+        if self.connected {
+            // The source has noticed the end of the last connection first.
+            self.handle_disconnected(now);
+        }
         self.connected = true;
         self.welcomed = false;
     }
@@ -469,6 +477,12 @@ impl DestinationSession {
                 self.hello = Some(hello);
                 self.welcome();
             }
+            // The source was restarted. Its content has not changed since the offer, and it may have granted it.
+            DestinationStep::Prepared if known && hello.epoch == self.epoch => {
+                self.foreign = true;
+                self.hello = Some(hello);
+                self.welcome();
+            }
             // Versions of another run mean nothing, and a newer migration makes an older one void.
             DestinationStep::Receiving | DestinationStep::Prepared => self.adopt(hello),
             DestinationStep::Active
@@ -539,6 +553,7 @@ impl DestinationSession {
         let virgin = self.facts.virgin && self.step == DestinationStep::Idle;
         self.migration = hello.migration;
         self.incarnation = hello.incarnation;
+        self.foreign = false;
         self.epoch = Epoch(self.epoch.0.max(hello.epoch.0));
         self.facts.volume = hello.volume;
         self.offer = None;
@@ -599,7 +614,7 @@ impl DestinationSession {
         self.welcomed = true;
         let stage = self.stage();
         let owner = matches!(stage, DestinationStage::Active { .. } | DestinationStage::Complete);
-        let lists = if owner { Vec::new() } else { self.pull.have_lists() };
+        let lists = if owner || self.foreign { Vec::new() } else { self.pull.have_lists() };
         self.send(Message::Welcome(Welcome {
             prepared: (stage == DestinationStage::Prepared).then_some(self.epoch),
             active: owner.then_some(self.epoch),
@@ -639,11 +654,11 @@ impl DestinationSession {
                 self.void(self.epoch);
                 self.offer = Some(offer);
             }
-            DestinationStep::Voiding => self.offer = Some(offer),
+            // Taken up when the record of the older one, or of its end, is durable.
+            DestinationStep::Preparing | DestinationStep::Voiding => self.offer = Some(offer),
             DestinationStep::Idle
             | DestinationStep::Clearing
             | DestinationStep::Adopting
-            | DestinationStep::Preparing
             | DestinationStep::Prepared
             | DestinationStep::Activating
             | DestinationStep::Active
@@ -662,7 +677,7 @@ impl DestinationSession {
         }
         let Some(offer) = self.offer.take() else { return };
         let agrees = offer.digest == self.pull.told_digest() && offer.remaining == self.pull.told_remaining();
-        if !agrees || offer.epoch <= self.epoch {
+        if !agrees || offer.epoch < self.epoch {
             return self.send(Message::Mismatch { epoch: offer.epoch });
         }
         for (first, run) in self.pull.void_stale() {
@@ -680,7 +695,8 @@ impl DestinationSession {
 
     fn prepared(&mut self) {
         self.go(DestinationStep::Prepared);
-        if let Some(epoch) = self.voided.take().filter(|epoch| *epoch > self.epoch) {
+        let newer = self.offer.map(|_| self.epoch);
+        if let Some(epoch) = self.voided.take().filter(|epoch| *epoch > self.epoch).or(newer) {
             return self.void(epoch);
         }
         self.pull.begin();
@@ -764,8 +780,14 @@ impl DestinationSession {
 
     /// The source keeps the disk. If that is only because it has not stopped yet, the start goes on waiting.
     fn on_denied(&mut self, reason: Refusal) {
-        if matches!(self.step, DestinationStep::Receiving | DestinationStep::Prepared) && self.start.is_some()
-        {
+        let undecided = matches!(
+            self.step,
+            DestinationStep::Receiving
+                | DestinationStep::Preparing
+                | DestinationStep::Prepared
+                | DestinationStep::Voiding
+        );
+        if undecided && self.start.is_some() {
             self.answer_start(false, Some(reason));
         }
     }
@@ -778,7 +800,7 @@ impl DestinationSession {
                     self.void(epoch);
                 }
                 // The offer is being written; it is void, and the source will not grant it.
-                DestinationStep::Preparing => self.voided = Some(epoch),
+                DestinationStep::Preparing => self.voided = self.voided.max(Some(epoch)),
                 DestinationStep::Idle
                 | DestinationStep::Clearing
                 | DestinationStep::Adopting
@@ -794,8 +816,35 @@ impl DestinationSession {
         }
     }
 
+    /// A push under a newer epoch proves, ahead of the control stream, that an offer was reclaimed.
+    pub(super) fn learn_epoch(&mut self, epoch: Epoch) {
+        if self.offer.is_some_and(|offer| offer.epoch < epoch) {
+            self.offer = None;
+        }
+        match self.step {
+            DestinationStep::Receiving => self.epoch = Epoch(self.epoch.0.max(epoch.0)),
+            DestinationStep::Prepared | DestinationStep::Preparing => self.on_reclaimed(epoch),
+            DestinationStep::Idle
+            | DestinationStep::Clearing
+            | DestinationStep::Adopting
+            | DestinationStep::Voiding
+            | DestinationStep::Activating
+            | DestinationStep::Active
+            | DestinationStep::Completing
+            | DestinationStep::Complete
+            | DestinationStep::Settling
+            | DestinationStep::Dropping
+            | DestinationStep::Left => {}
+        }
+    }
+
     /// The prepared offer is void: takes chunks again.
     fn void(&mut self, epoch: Epoch) {
+        if self.foreign
+            && let Some(hello) = self.hello.take()
+        {
+            return self.adopt(Hello { epoch, ..hello });
+        }
         if self.go(DestinationStep::Voiding) {
             self.epoch = epoch;
             self.source_synced = false;
@@ -896,7 +945,9 @@ impl DestinationSession {
     /// When `handle_timeout` is wanted next.
     #[must_use]
     pub fn next_timeout(&self) -> Option<Duration> {
-        let start = self.start.and_then(|start| start.deadline);
+        // While the ownership is being written it cannot be refused any more.
+        let waits = self.step != DestinationStep::Activating;
+        let start = self.start.filter(|_| waits).and_then(|start| start.deadline);
         [start, self.retry_sync, self.pull.retry_at()].into_iter().flatten().min()
     }
 

@@ -26,7 +26,7 @@ use crate::core::ownership::DestinationStep;
 use crate::core::progress::Progress;
 use crate::core::set::ChunkSet;
 use crate::core::standing::{Standings, Told, told_of};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 /// Most background pulls under way: 2 MiB at the default chunk size, so that a demand never waits long behind them.
@@ -46,12 +46,12 @@ pub(super) struct Pull {
     /// Version installed here plus one; 0 for none.
     versions: Vec<u64>,
     /// Installs under way, by chunk.
-    installs: HashMap<ChunkId, u32>,
+    installs: BTreeMap<ChunkId, u32>,
     acks: Vec<(ChunkId, Version)>,
     /// The remaining set after the offer: what is queued, and what was asked for (and whether by demand).
     begun: bool,
     queue: BucketQueue,
-    asked: HashMap<ChunkId, bool>,
+    asked: BTreeMap<ChunkId, bool>,
     demands: VecDeque<ChunkId>,
     remaining: ChunkSet,
     failed: ChunkSet,
@@ -68,11 +68,11 @@ impl Pull {
             geometry,
             told: Standings::new(chunks),
             versions: vec![0; chunks as usize],
-            installs: HashMap::new(),
+            installs: BTreeMap::new(),
             acks: Vec::new(),
             begun: false,
             queue: BucketQueue::new(),
-            asked: HashMap::new(),
+            asked: BTreeMap::new(),
             demands: VecDeque::new(),
             remaining: ChunkSet::default(),
             failed: ChunkSet::default(),
@@ -274,7 +274,10 @@ impl DestinationSession {
     pub(super) fn on_announce(&mut self, entries: &[Announcement]) {
         if !matches!(
             self.step,
-            DestinationStep::Receiving | DestinationStep::Prepared | DestinationStep::Voiding
+            DestinationStep::Receiving
+                | DestinationStep::Preparing
+                | DestinationStep::Prepared
+                | DestinationStep::Voiding
         ) {
             return;
         }
@@ -323,10 +326,18 @@ impl DestinationSession {
         if data.migration != self.migration || !self.pull.geometry.has(data.chunk) || !self.welcomed {
             return;
         }
+        if data.purpose == Purpose::Push {
+            self.learn_epoch(data.epoch);
+        }
         let wanted = match self.step {
-            // Pushed, under any epoch that the source had until now. With an offer at hand it is too late: the chunk
-            // was counted as remaining.
+            // With an offer at hand it is too late: the chunk was counted as remaining.
             DestinationStep::Receiving => self.offer.is_none() && data.epoch >= self.epoch,
+            // The guest went on at the source before the end of the offer is durable here. Dropping its pushes would
+            // leave them in the source's window for ever.
+            DestinationStep::Preparing => {
+                data.purpose == Purpose::Push && self.voided.is_some_and(|epoch| data.epoch >= epoch)
+            }
+            DestinationStep::Voiding => data.purpose == Purpose::Push && data.epoch >= self.epoch,
             DestinationStep::Prepared | DestinationStep::Activating | DestinationStep::Active => {
                 data.epoch == self.epoch
                     && data.purpose != Purpose::Push
@@ -336,8 +347,6 @@ impl DestinationSession {
             DestinationStep::Idle
             | DestinationStep::Clearing
             | DestinationStep::Adopting
-            | DestinationStep::Preparing
-            | DestinationStep::Voiding
             | DestinationStep::Completing
             | DestinationStep::Complete
             | DestinationStep::Settling
@@ -372,14 +381,23 @@ impl DestinationSession {
             }
         }
         match (self.step, installed) {
-            (DestinationStep::Receiving | DestinationStep::Voiding, Installed::Done) => {
+            (
+                DestinationStep::Receiving | DestinationStep::Preparing | DestinationStep::Voiding,
+                Installed::Done,
+            ) => {
                 if self.pull.version(chunk).is_none_or(|here| here < version) {
                     self.pull.set_version(chunk, Some(version));
                 }
                 self.acknowledge(chunk, version);
             }
-            (DestinationStep::Receiving, Installed::Superseded) => self.acknowledge(chunk, version),
-            (DestinationStep::Receiving, Installed::Failed) => {
+            (
+                DestinationStep::Receiving | DestinationStep::Preparing | DestinationStep::Voiding,
+                Installed::Superseded,
+            ) => self.acknowledge(chunk, version),
+            (
+                DestinationStep::Receiving | DestinationStep::Preparing | DestinationStep::Voiding,
+                Installed::Failed,
+            ) => {
                 self.refuse(Refusal::Io, format!("{chunk} cannot be stored at the destination"));
             }
             (

@@ -108,6 +108,9 @@ pub enum SourceAction {
     SyncLayer,
     /// The guest may be served.
     OpenGate,
+    /// The guest may not be served: the disk is being offered although no stop of the rings was told (they had
+    /// stopped before the migration was armed). After `handle_rings_stopped` the gate is closed already.
+    CloseGate,
     /// The acknowledgement of the rings' stop may go out.
     RingsStopAnswered,
     /// Answer a ring start.
@@ -147,6 +150,8 @@ pub struct SourceSession {
     params: ArmParams,
     step: SourceStep,
     epoch: Epoch,
+    /// The epoch of the newest durable record: the only one that a greeting may name.
+    durable_epoch: Epoch,
     link: Link,
     welcome: Option<Welcome>,
     ever_agreed: bool,
@@ -246,6 +251,7 @@ impl SourceSession {
         Self {
             step,
             epoch: params.hello.epoch,
+            durable_epoch: params.hello.epoch,
             link: Link::Down,
             welcome: None,
             ever_agreed: false,
@@ -374,6 +380,7 @@ impl SourceSession {
         if seq != self.seq {
             return;
         }
+        self.durable_epoch = self.epoch;
         match self.step {
             SourceStep::Arming => {
                 self.go(SourceStep::Pushing);
@@ -385,7 +392,7 @@ impl SourceSession {
                 }
             }
             SourceStep::Offering => self.offered(now),
-            SourceStep::Reclaiming => self.reclaimed(),
+            SourceStep::Reclaiming => self.reclaimed(now),
             SourceStep::Granting => self.granted(),
             SourceStep::Releasing => {
                 self.go(SourceStep::Released);
@@ -424,7 +431,7 @@ impl SourceSession {
     pub fn handle_connected(&mut self, _now: Duration) {
         self.link = Link::Greeted;
         self.backoff = MIN_BACKOFF;
-        let hello = Hello { epoch: self.epoch, ..self.params.hello.clone() };
+        let hello = Hello { epoch: self.durable_epoch, ..self.params.hello.clone() };
         self.send(Message::Hello(hello));
     }
 
@@ -470,9 +477,9 @@ impl SourceSession {
                 }
             }
             Message::Prepared { epoch } if epoch == self.epoch => self.answer_stop(),
+            // What counts as settled here is not there. The lists of a new handshake find out what is.
             Message::Mismatch { epoch } if epoch == self.epoch && self.step == SourceStep::Offered => {
-                self.push.forget_told();
-                self.offer();
+                self.hang_up(now);
             }
             Message::Pull { epoch, chunk, demand } => self.on_pull(now, epoch, chunk, demand),
             Message::Activate { epoch } => self.on_activate(now, epoch),
@@ -534,6 +541,10 @@ impl SourceSession {
             }
             SourceStep::Released => self.send(Message::Released { epoch: self.epoch }),
             SourceStep::Left => self.send(Message::Cancel),
+            // It waits for a grant that will not come, and takes no pushes meanwhile.
+            SourceStep::Pushing | SourceStep::Draining if welcome.prepared.is_some() => {
+                self.send(Message::Reclaimed { epoch: self.epoch });
+            }
             SourceStep::Arming
             | SourceStep::Pushing
             | SourceStep::Draining
@@ -597,9 +608,9 @@ impl SourceSession {
             SourceStep::Pushing => self.stop(now),
             // A reclaim is being written: the stop is looked at when it is.
             SourceStep::Reclaiming => self.stop_seen = true,
-            SourceStep::Draining
-            | SourceStep::Offering
-            | SourceStep::Offered
+            // Answered with the offer that is on its way.
+            SourceStep::Draining | SourceStep::Offering => {}
+            SourceStep::Offered
             | SourceStep::Granting
             | SourceStep::Relinquished
             | SourceStep::Releasing
@@ -609,12 +620,14 @@ impl SourceSession {
         }
     }
 
-    fn stop(&mut self, _now: Duration) {
+    fn stop(&mut self, now: Duration) {
         if self.params.strategy.drains_before_offer()
+            && self.started
             && self.link == Link::Agreed
             && self.push.remaining() > 0
         {
             self.go(SourceStep::Draining);
+            self.stop_deadline.get_or_insert(now + STOP_HOLD);
         } else {
             self.begin_offer();
         }
@@ -624,6 +637,7 @@ impl SourceSession {
     fn begin_offer(&mut self) {
         if self.go(SourceStep::Offering) {
             self.epoch = self.epoch.next();
+            self.push.stopped();
             self.announce_all();
             self.digest = self.push.told_digest();
             self.persist(SourceStage::Offered);
@@ -672,12 +686,12 @@ impl SourceSession {
         match self.step {
             SourceStep::Arming | SourceStep::Pushing | SourceStep::Left => {
                 self.stop_seen = false;
+                self.serve_again();
                 self.answer_start(None);
             }
             SourceStep::Draining => {
                 self.go(SourceStep::Pushing);
-                self.answer_stop();
-                self.actions.push_back(SourceAction::OpenGate);
+                self.serve_again();
                 self.answer_start(None);
             }
             SourceStep::Offering => {
@@ -700,6 +714,12 @@ impl SourceSession {
         }
     }
 
+    /// Opens the gate; a stop that is still unanswered is over.
+    fn serve_again(&mut self) {
+        self.answer_stop();
+        self.actions.push_back(SourceAction::OpenGate);
+    }
+
     fn answer_start(&mut self, reason: Option<Refusal>) {
         self.start_waits = false;
         self.actions.push_back(SourceAction::RingsStartAnswered { allowed: reason.is_none(), reason });
@@ -714,11 +734,12 @@ impl SourceSession {
         }
     }
 
-    fn reclaimed(&mut self) {
+    fn reclaimed(&mut self, now: Duration) {
         self.go(SourceStep::Pushing);
         self.synced = false;
         self.synced_recorded = false;
         self.sync_stale = self.sync_running;
+        self.retry_sync = None;
         self.data_lost = false;
         self.push.reclaimed();
         self.send(Message::Reclaimed { epoch: self.epoch });
@@ -726,10 +747,9 @@ impl SourceSession {
             return self.leave(Outcome::Cancelled);
         }
         if std::mem::take(&mut self.stop_seen) {
-            return self.stop(Duration::ZERO);
+            return self.stop(now);
         }
-        self.answer_stop();
-        self.actions.push_back(SourceAction::OpenGate);
+        self.serve_again();
         if self.start_waits {
             self.answer_start(None);
         }
@@ -752,7 +772,10 @@ impl SourceSession {
             }
             SourceStep::Released => self.send(Message::Released { epoch: self.epoch }),
             // The rings stopped before the migration was armed: no stop will be seen, so the offer is made now.
-            SourceStep::Pushing if !self.rings_running && asked.is_none() => self.stop(now),
+            SourceStep::Pushing if !self.rings_running && asked.is_none() => {
+                self.actions.push_back(SourceAction::CloseGate);
+                self.stop(now);
+            }
             // Decided by a record that is being written, or by what is still to be pushed.
             SourceStep::Arming
             | SourceStep::Draining

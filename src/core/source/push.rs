@@ -22,7 +22,7 @@ use crate::core::ownership::SourceStep;
 use crate::core::progress::Progress;
 use crate::core::set::ChunkSet;
 use crate::core::standing::{Standings, Told, push_announcement};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Announced at once when this many chunks stand otherwise than told.
@@ -56,7 +56,7 @@ pub(super) struct Push {
     heat: Heat,
     pending: BucketQueue,
     failed: ChunkSet,
-    flights: HashMap<ChunkId, Flight>,
+    flights: BTreeMap<ChunkId, Flight>,
     settled: Vec<u64>,
     told: Standings,
     untold: ChunkSet,
@@ -84,7 +84,7 @@ impl Push {
             heat: Heat::new(chunks, params.counting),
             pending: BucketQueue::new(),
             failed: ChunkSet::default(),
-            flights: HashMap::new(),
+            flights: BTreeMap::new(),
             settled: vec![0; chunks as usize],
             told: Standings::new(chunks),
             untold: ChunkSet::with_capacity(chunks),
@@ -221,9 +221,19 @@ impl Push {
         }
     }
 
-    /// The disk is the source's again: pulls are void, and so are pushes that the destination dropped as late.
+    /// The remaining set is final: what was sent and is not acknowledged belongs to it. An acknowledgement that comes
+    /// later is of a version that the destination makes void when it takes the offer.
+    pub(super) fn stopped(&mut self) {
+        self.ground_sent();
+    }
+
+    /// The disk is the source's again: pulls are void, and captures that run for them may be torn from now on.
     pub(super) fn reclaimed(&mut self) {
         self.ground_sent();
+        for flight in self.flights.values_mut() {
+            flight.purpose = Purpose::Push;
+            flight.dirtied = true;
+        }
     }
 
     // ---- announcements ----------------------------------------------------------------------------------------
@@ -396,9 +406,11 @@ impl SourceSession {
         let pushing = purpose == Purpose::Push;
         let wanted = if pushing { self.pushes() } else { self.answers_pulls() };
         match capture {
-            Capture::Done { version, clean, body } if wanted && (clean && !dirtied || !pushing) => {
+            Capture::Done { version, clean, body } if wanted && clean && !dirtied => {
                 self.send_chunk(now, chunk, version, purpose, body);
             }
+            // The capture began before the rings stopped, for a push: what is pulled must not be torn.
+            Capture::Done { .. } if wanted && !pushing => self.begin_capture(chunk, purpose),
             Capture::Done { .. } => {
                 self.push.flights.remove(&chunk);
                 self.push.make_pending(chunk);
