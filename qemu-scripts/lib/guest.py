@@ -24,6 +24,7 @@ class Guest:
         self.partial = b""
         self.beats = []    # (host time, completed I/Os), one for each change
         self.last = {}     # fields of the last beat
+        self.heard = time.monotonic()
         self.record = []
         self.lines = []    # everything but beats and records
         self.live = None   # the port that spoke last
@@ -57,7 +58,7 @@ class Guest:
                         key.fileobj.close()
 
     def take(self, data):
-        now = time.monotonic()
+        now = self.heard = time.monotonic()
         *lines, self.partial = (self.partial + data).split(b"\n")
         for line in lines:
             text = line.decode(errors="replace")
@@ -94,7 +95,15 @@ class Guest:
     def await_io(self, count, timeout, alive):
         """Waits until the guest has completed `count` more I/Os."""
         goal = self.last.get("ios", 0) + count
-        wait_for(f"guest completes {count} more I/Os", lambda: self.last.get("ios", 0) >= goal, timeout, alive=alive)
+        try:
+            wait_for(f"guest completes {count} more I/Os", lambda: self.last.get("ios", 0) >= goal, timeout,
+                     alive=alive)
+        except Failure as failure:
+            silent = time.monotonic() - self.heard
+            raise Failure(f"{failure}; " + (
+                f"nothing was heard of it for {silent:.0f} s: see its console log" if silent > 2 else
+                f"it is alive, but its disk has answered nothing since I/O {self.last.get('ios', 0)} or too slowly: "
+                "a request was lost or waits")) from None
         self.expect_clean()
 
     def longest_gap_ms(self, start, end):

@@ -43,8 +43,8 @@ class Machine:
 
     def memory(self):
         """Guest memory in KiB. QEMU before 9.0 loses guest writes when it migrates an emulated CPU: where a memory
-        block is a multiple of 64 pages, it clears dirty bits without telling the CPU's TLB. One guest in fifteen died of
-        it here, with a plain virtio-blk disk too. An odd size keeps QEMU on the path that works."""
+        block is a multiple of 64 pages, it clears dirty bits without telling the CPU's TLB. One guest in fifteen died
+        of it here, with a plain virtio-blk disk too. An odd size keeps QEMU on the path that works."""
         return MEMORY_KIB if self.version() >= (9, 0) else MEMORY_KIB + 8
 
     def board(self, mode, args):
