@@ -257,6 +257,14 @@ mod tests {
     }
 
     #[test]
+    fn t03_what_is_received_differs_from_the_base_and_travels_on() {
+        let full = BlockMask(0xff);
+        assert_eq!(after_install(full, BlockMask::EMPTY, full), (ChunkState::Modified, BlockMask::EMPTY));
+        let (arrived, kept) = (BlockMask(0x0f), BlockMask(0x30));
+        assert_eq!(after_install(arrived, kept, full), (ChunkState::Base, BlockMask(0x3f)));
+    }
+
+    #[test]
     fn t08_a_partial_write_to_a_remote_chunk_keeps_the_rest_remote() {
         let view = ChunkView { state: ChunkState::Remote, mask: BlockMask::EMPTY };
         let whole_block = route(&geometry(), view, Access::Write, span(1024, 1024));

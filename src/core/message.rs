@@ -60,7 +60,7 @@ pub struct Hello {
     pub volume: VolumeId,
     /// The run of the source daemon.
     pub incarnation: Incarnation,
-    /// The epoch under which the source owns, or last owned, the volume.
+    /// The epoch of the source's newest durable record.
     pub epoch: Epoch,
     /// Volume size in bytes.
     pub size: u64,

@@ -461,7 +461,7 @@ fn t21_a_reclaimed_epoch_is_never_granted() {
     rig.slow = true;
     rig.start();
     let denied = Message::Denied { epoch: Some(Epoch(epoch)), reason: Refusal::Reclaimed };
-    assert_eq!(said(&rig.activate(epoch)), [denied.clone()]);
+    assert_eq!(said(&rig.activate(epoch)), std::slice::from_ref(&denied));
     rig.durable();
     rig.slow = false;
     rig.run();

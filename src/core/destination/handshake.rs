@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The destination's half of the handshake (paper: MIGRATION_NOTIFICATION): which source is let in, what has to be
+//! dropped for it first, and what it is told of what is here.
+//!
+//! Versions count the writes of one run of one source. So what came from another run is dropped before anything is
+//! taken; with one exception, a prepared offer, whose content cannot have changed as long as its epoch is current.
+
+use super::*;
+
+impl DestinationSession {
+    /// Takes up a greeting that came while a record was being written.
+    pub(super) fn greet_again(&mut self) {
+        if self.step_seq.is_none()
+            && self.connected
+            && let Some(hello) = self.greeting.take()
+        {
+            self.on_hello(hello);
+        }
+    }
+
+    pub(super) fn on_hello(&mut self, hello: Hello) {
+        if let Err((reason, text)) = self.check_hello(&hello) {
+            return self.refuse(reason, text);
+        }
+        let known = hello.migration == self.migration && self.agreed();
+        let same_run = hello.incarnation == self.incarnation;
+        match self.step {
+            DestinationStep::Idle => self.adopt(hello),
+            // The same migration, and all that came is of the same run of the source.
+            // If the offer that is prepared here was reclaimed meanwhile, that is made durable first.
+            DestinationStep::Prepared if known && same_run && hello.epoch > self.epoch => {
+                self.void(hello.epoch);
+                self.greeting = Some(hello);
+            }
+            DestinationStep::Receiving | DestinationStep::Prepared if known && same_run => {
+                self.epoch = Epoch(self.epoch.0.max(hello.epoch.0));
+                self.hello = Some(hello);
+                self.welcome();
+            }
+            // The source was restarted. Its content has not changed since the offer, and it may have granted it.
+            DestinationStep::Prepared if known && hello.epoch == self.epoch => {
+                self.foreign = true;
+                self.hello = Some(hello);
+                self.welcome();
+            }
+            // Versions of another run mean nothing, and a newer migration makes an older one void.
+            DestinationStep::Receiving | DestinationStep::Prepared => self.adopt(hello),
+            DestinationStep::Active
+            | DestinationStep::Completing
+            | DestinationStep::Complete
+            | DestinationStep::Settling
+                if known =>
+            {
+                self.hello = Some(hello);
+                self.welcome();
+            }
+            DestinationStep::Active
+            | DestinationStep::Completing
+            | DestinationStep::Complete
+            | DestinationStep::Settling
+            | DestinationStep::Left => self.refuse(Refusal::Busy, "this daemon serves a disk of its own"),
+            // A record is being written: the greeting waits for it.
+            DestinationStep::Clearing
+            | DestinationStep::Adopting
+            | DestinationStep::Preparing
+            | DestinationStep::Voiding
+            | DestinationStep::Activating
+            | DestinationStep::Dropping => self.greeting = Some(hello),
+        }
+    }
+
+    /// T14: equal geometry proves nothing about the base image, and a feature that the guest uses must be here.
+    pub(super) fn check_hello(&self, hello: &Hello) -> Result<(), (Refusal, String)> {
+        let facts = &self.facts;
+        let here = (facts.geometry.size(), facts.geometry.chunk_size());
+        if (hello.size, hello.chunk_size) != here {
+            let text = format!(
+                "the source's volume has {} bytes in chunks of {}, this one {} in chunks of {}",
+                hello.size, hello.chunk_size, here.0, here.1
+            );
+            return Err((Refusal::Geometry, text));
+        }
+        if hello.base != facts.base {
+            let text = "the source's volume has another base image than this one".to_owned();
+            return Err((Refusal::BaseIdentity, text));
+        }
+        let missing = hello.virtio_features & !facts.virtio_features;
+        if missing != 0 {
+            return Err((Refusal::Features, format!("virtio features {missing:#x} are not available here")));
+        }
+        if hello.queues > facts.queues || hello.read_only != facts.read_only {
+            let text = format!(
+                "the source's device has {} queues and read-only {}, this one {} and {}",
+                hello.queues, hello.read_only, facts.queues, facts.read_only
+            );
+            return Err((Refusal::Features, text));
+        }
+        if facts.released && hello.volume != facts.volume {
+            return Err((Refusal::Busy, "this daemon keeps what is left of another volume".to_owned()));
+        }
+        let owner = self.stage() != DestinationStage::Receiving && self.stage() != DestinationStage::Prepared;
+        if hello.epoch < self.epoch && !owner && hello.migration != self.migration {
+            return Err((
+                Refusal::StaleEpoch,
+                format!("epoch {} is older than {}", hello.epoch.0, self.epoch.0),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Makes room for a migration: first durably nobody's, then empty, then this migration's.
+    pub(super) fn adopt(&mut self, hello: Hello) {
+        let virgin = self.facts.virgin && self.step == DestinationStep::Idle;
+        self.migration = hello.migration;
+        self.incarnation = hello.incarnation;
+        self.foreign = false;
+        self.epoch = Epoch(self.epoch.0.max(hello.epoch.0));
+        self.facts.volume = hello.volume;
+        self.offer = None;
+        self.source_synced = false;
+        self.synced_recorded = false;
+        self.digest = RemainingDigest::default();
+        self.hello = Some(hello);
+        self.pull.reset();
+        if virgin {
+            self.begin_adopting();
+        } else if self.go(DestinationStep::Clearing) {
+            self.persist_role(Role::Idle, None);
+        }
+    }
+
+    pub(super) fn begin_adopting(&mut self) {
+        self.facts.virgin = false;
+        self.facts.released = false;
+        if self.go(DestinationStep::Adopting)
+            && let Some(hello) = self.hello.clone()
+        {
+            self.actions.push_back(DestinationAction::Adopt(hello));
+            self.persist(DestinationStage::Receiving, None);
+        }
+    }
+
+    /// Everything that had come is dropped.
+    pub fn handle_wiped(&mut self, _now: Duration) {
+        match self.step {
+            DestinationStep::Clearing => self.begin_adopting(),
+            DestinationStep::Dropping => {
+                self.go(DestinationStep::Left);
+                self.send(Message::Cancelled);
+                let outcome = self.outcome.take().unwrap_or(Outcome::Cancelled);
+                self.actions.push_back(DestinationAction::Finished(outcome));
+            }
+            DestinationStep::Idle
+            | DestinationStep::Adopting
+            | DestinationStep::Receiving
+            | DestinationStep::Preparing
+            | DestinationStep::Prepared
+            | DestinationStep::Voiding
+            | DestinationStep::Activating
+            | DestinationStep::Active
+            | DestinationStep::Completing
+            | DestinationStep::Complete
+            | DestinationStep::Settling
+            | DestinationStep::Left => {}
+        }
+        self.greet_again();
+    }
+
+    /// Tells the source where this side stands.
+    pub(super) fn welcome(&mut self) {
+        if !self.connected {
+            return;
+        }
+        self.welcomed = true;
+        let stage = self.stage();
+        let owner = matches!(stage, DestinationStage::Active { .. } | DestinationStage::Complete);
+        let lists = if owner || self.foreign { Vec::new() } else { self.pull.have_lists() };
+        self.send(Message::Welcome(Welcome {
+            prepared: (stage == DestinationStage::Prepared).then_some(self.epoch),
+            active: owner.then_some(self.epoch),
+            complete: stage == DestinationStage::Complete,
+            standing: (!owner).then(|| self.pull.told_digest()),
+            have_follows: !lists.is_empty(),
+        }));
+        let last = lists.len().saturating_sub(1);
+        for (index, entries) in lists.into_iter().enumerate() {
+            self.send(Message::Have { entries, last: index == last });
+        }
+        match stage {
+            DestinationStage::Complete => self.send(Message::Complete { epoch: self.epoch }),
+            DestinationStage::Receiving | DestinationStage::Prepared => self.ask_for_disk(),
+            DestinationStage::Active { .. } => {}
+        }
+    }
+}
