@@ -2,20 +2,13 @@
 //! A daemon around a session: carries out actions as `node` does, with time between the asking and the end.
 
 use crate::hypervisor::HvEvent;
-use crate::volume::{BLOCKS, bits};
-use crate::world::{CaptureJob, Event, Job, MS, NodeRole, SyncFor, World, Write};
-use blkferry::core::chunk::ChunkState;
-use blkferry::core::destination::{DestinationAction, DestinationSession, Installed, LocalFacts};
-use blkferry::core::geometry::{BlockMask, ChunkId};
-use blkferry::core::heat::Counting;
-use blkferry::core::message::{Body, ChunkData, Epoch, Hello, Incarnation, Message, MigrationId, Version};
-use blkferry::core::ownership::{DestinationStep, SourceStep};
+use crate::world::{Event, Job, MS, NodeRole, SyncFor, World};
+use blkferry::core::destination::DestinationAction;
+use blkferry::core::geometry::ChunkId;
+use blkferry::core::message::{Epoch, Message};
 use blkferry::core::progress::Outcome;
-use blkferry::core::record::{DestinationStage, MigrationRecord, Role, SourceStage};
-use blkferry::core::source::{ArmParams, Capture, SourceAction, SourceSession};
-use blkferry::core::strategy::Strategy;
-use std::collections::BTreeMap;
-use std::time::Duration;
+use blkferry::core::record::DestinationStage;
+use blkferry::core::source::SourceAction;
 
 impl World {
     /// Carries out everything that the session of a side wants done.
@@ -36,8 +29,33 @@ impl World {
                 NodeRole::Serving | NodeRole::Idle => break,
             }
             self.follow_epoch(side);
+            self.look_at_step(side);
         }
         self.follow_epoch(side);
+        self.look_at_step(side);
+    }
+
+    /// A step is a good moment for something to go wrong.
+    fn look_at_step(&mut self, side: usize) {
+        let step = match &self.sides[side].role {
+            NodeRole::Source(session) => session.step() as u8,
+            NodeRole::Destination(session) => 100 + session.step() as u8,
+            NodeRole::Serving | NodeRole::Idle => 200,
+        };
+        if std::mem::replace(&mut self.sides[side].step, step) == step
+            || !self.dice.permille(self.plan.strike_permille)
+        {
+            return;
+        }
+        let soon = [500, 20 * MS, 300 * MS][self.dice.index(3)];
+        let delay = self.dice.below(soon);
+        let event = match self.dice.below(4) {
+            0 => Event::Kill(Some(side)),
+            1 => Event::Kill(Some(1 - side)),
+            2 => Event::Cut(false),
+            _ => Event::ChangeMind,
+        };
+        self.after(delay, event);
     }
 
     fn follow_epoch(&mut self, side: usize) {
@@ -47,241 +65,6 @@ impl World {
             NodeRole::Serving | NodeRole::Idle => return,
         };
         self.sides[side].epoch = Epoch(self.sides[side].epoch.0.max(epoch.0));
-    }
-
-    // ---- becoming -----------------------------------------------------------------------------------------------
-
-    fn arm_params(
-        &mut self,
-        side: usize,
-        migration: MigrationId,
-        strategy: Strategy,
-        threshold: u32,
-    ) -> ArmParams {
-        self.incarnations += 1;
-        let running = self.hv.runs();
-        self.sides[side].precopy = strategy == Strategy::Precopy;
-        let s = &self.sides[side];
-        let hello = Hello {
-            migration,
-            volume: s.volume_id,
-            incarnation: Incarnation(s.life << 32 | side as u64),
-            epoch: s.epoch,
-            size: self.geometry.size(),
-            chunk_size: self.geometry.chunk_size(),
-            base: self.base.clone(),
-            virtio_features: 3,
-            queues: 1,
-            read_only: false,
-            serial: "sim".to_owned(),
-        };
-        ArmParams {
-            hello,
-            destination: "peer:1".to_owned(),
-            strategy,
-            threshold,
-            counting: if self.dice.coin() { Counting::Passes } else { Counting::Paper },
-            push_window: self.dice.between(1, 16) as u32,
-            half_life: Duration::from_millis(self.dice.between(200, 10_000)),
-            start_now: self.dice.permille(800),
-            rings_running: running,
-            write_cache: s.write_cache,
-        }
-    }
-
-    pub(crate) fn arm(&mut self, side: usize) {
-        self.hang_up(side, true);
-        self.sides[side].run += 1;
-        self.sides[side].tracked = Some(BTreeMap::new());
-        let strategy = [Strategy::Hybrid, Strategy::Hybrid, Strategy::Precopy, Strategy::Postcopy];
-        let strategy = strategy[self.dice.index(4)];
-        let threshold = self.dice.between(1, 6) as u32;
-        self.incarnations += 1;
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&self.incarnations.to_le_bytes());
-        let params = self.arm_params(side, MigrationId(id), strategy, threshold);
-        let modified = self.sides[side].volume.modified();
-        let hot = self.sides[side].volume.with_lasting(ChunkState::Local);
-        self.tell(|| format!("side {side} is armed: {strategy:?} {threshold} {modified:?}"));
-        let session = SourceSession::arm(self.clock(), params, modified, hot);
-        self.sides[side].role = NodeRole::Source(Box::new(session));
-        if self.dice.coin() {
-            let now = self.clock();
-            if let NodeRole::Source(session) = &mut self.sides[side].role {
-                session.handle_log_started(now);
-            }
-        }
-    }
-
-    fn facts(&self, side: usize, released: bool) -> LocalFacts {
-        let s = &self.sides[side];
-        LocalFacts {
-            geometry: self.geometry,
-            base: self.base.clone(),
-            virtio_features: 7,
-            queues: 1,
-            read_only: false,
-            volume: s.volume_id,
-            epoch: s.epoch,
-            virgin: s.virgin,
-            released,
-        }
-    }
-
-    pub(crate) fn become_destination(&mut self, side: usize, released: bool) {
-        self.sides[side].run += 1;
-        let session = DestinationSession::idle(self.facts(side, released));
-        self.stats.returns += u64::from(released);
-        self.sides[side].role = NodeRole::Destination(Box::new(session));
-    }
-
-    // ---- crash and restart --------------------------------------------------------------------------------------
-
-    pub(crate) fn kill_tick(&mut self) {
-        if self.calm || self.plan.kill_every == 0 {
-            return;
-        }
-        let delay = self.dice.below(2 * self.plan.kill_every);
-        self.after(delay, Event::Kill);
-        let side = self.dice.index(2);
-        if self.sides[side].alive {
-            let host = self.dice.permille(self.plan.host_crash_permille);
-            self.kill(side, host);
-        }
-    }
-
-    fn kill(&mut self, side: usize, host: bool) {
-        self.tell(|| format!("side {side} {}", if host { "host crash" } else { "is killed" }));
-        if self.dice.coin()
-            && self.sides[side].writing
-            && let Some(write) = self.sides[side].writes.pop_front()
-        {
-            self.make_durable(side, &write);
-        }
-        let in_order = self.dice.coin() && !host;
-        self.hang_up(side, in_order);
-        let s = &mut self.sides[side];
-        s.alive = false;
-        s.life += 1;
-        s.gate = false;
-        s.role = NodeRole::Idle;
-        s.tracked = None;
-        s.drain_due = false;
-        s.writes.clear();
-        s.writing = false;
-        s.moving = 0;
-        s.conn = None;
-        s.volume.kill();
-        if host {
-            self.stats.host_crashes += 1;
-            self.host_crash(side);
-        } else {
-            self.stats.kills += 1;
-        }
-        self.guest_lost(side, host);
-        self.hv_died(side);
-        let delay = self.dice.delay(500 * MS);
-        self.after(delay, Event::Restart(side));
-    }
-
-    fn host_crash(&mut self, side: usize) {
-        let MigrationRecord::V1 { role, .. } = &self.sides[side].record;
-        let owner = match role {
-            Role::Serving => true,
-            Role::Source(r) => matches!(r.stage, SourceStage::Pushing | SourceStage::Offered),
-            Role::Destination(r) => {
-                matches!(r.stage, DestinationStage::Active { .. } | DestinationStage::Complete)
-            }
-            Role::Idle => false,
-        };
-        let revert = matches!(role, Role::Destination(r) if matches!(r.stage, DestinationStage::Prepared | DestinationStage::Active { .. }));
-        if owner {
-            self.model.host_crash();
-        }
-        let dice = &mut self.dice;
-        let s = &mut self.sides[side];
-        s.boot += 1;
-        s.volume.host_crash(|| dice.coin());
-        if revert && s.volume.synced.order < s.prepared_at {
-            let list = s.remaining.clone().unwrap_or_default();
-            s.volume.revert(list.into_iter().map(|(chunk, ..)| chunk));
-        }
-    }
-
-    /// As the daemon takes up its role.
-    pub(crate) fn restart(&mut self, side: usize) {
-        if self.sides[side].alive {
-            return;
-        }
-        let s = &mut self.sides[side];
-        s.alive = true;
-        s.run += 1;
-        let MigrationRecord::V1 { volume, epoch, role } = s.record.clone();
-        s.epoch = epoch;
-        s.volume_id = volume;
-        s.flush_gate = true;
-        s.data_lost = false;
-        self.tell(|| format!("side {side} restarts as {role:?} {epoch:?}"));
-        match role {
-            Role::Serving => {
-                self.sides[side].role = NodeRole::Serving;
-                self.open_gate(side);
-            }
-            Role::Idle => self.sides[side].role = NodeRole::Idle,
-            Role::Source(record) => {
-                self.sides[side].tracked = Some(BTreeMap::new());
-                let strategy = Strategy::from_number(record.strategy).expect("strategy");
-                let params = self.arm_params(side, record.migration, strategy, record.threshold);
-                let modified = self.sides[side].volume.modified();
-                let same_boot = self.sides[side].boot == self.sides[side].record_boot;
-                let exposed = matches!(
-                    record.stage,
-                    SourceStage::Offered | SourceStage::Relinquished { synced: false }
-                );
-                let lost = !same_boot && exposed;
-                let session = SourceSession::resume(self.clock(), params, &record, epoch, modified, lost);
-                self.sides[side].data_lost = lost;
-                self.sides[side].role = NodeRole::Source(Box::new(session));
-                if record.stage == SourceStage::Pushing {
-                    self.open_gate(side);
-                }
-            }
-            Role::Destination(record) => self.resume_destination(side, &record, epoch),
-        }
-        self.guest_back(side);
-        self.job(side, 50 * MS, Job::Upkeep);
-    }
-
-    fn resume_destination(
-        &mut self,
-        side: usize,
-        record: &blkferry::core::record::DestinationRecord,
-        epoch: Epoch,
-    ) {
-        let volume = &self.sides[side].volume;
-        let have: Vec<_> =
-            volume.modified().into_iter().map(|c| (c, Version(volume.chunk(c).version))).collect();
-        let counts: BTreeMap<ChunkId, u8> =
-            self.sides[side].remaining.iter().flatten().map(|(c, n, _)| (*c, *n)).collect();
-        let remaining: Vec<_> = volume
-            .with_lasting(ChunkState::Remote)
-            .into_iter()
-            .map(|c| (c, counts.get(&c).copied().unwrap_or(0)))
-            .collect();
-        self.tell(|| format!("  has {have:?}, remaining {remaining:?}"));
-        let owner = matches!(record.stage, DestinationStage::Active { .. } | DestinationStage::Complete);
-        let facts = self.facts(side, false);
-        let session = DestinationSession::resume(facts, record, epoch, have, remaining);
-        let s = &mut self.sides[side];
-        s.flush_gate = record.stage != DestinationStage::Active { source_synced: false };
-        s.virgin = false;
-        if owner {
-            s.write_cache = record.write_cache;
-        }
-        s.role = NodeRole::Destination(Box::new(session));
-        if owner {
-            self.open_gate(side);
-        }
     }
 
     // ---- actions ------------------------------------------------------------------------------------------------
@@ -407,297 +190,9 @@ impl World {
         }
     }
 
-    fn open_gate(&mut self, side: usize) {
+    pub(crate) fn open_gate(&mut self, side: usize) {
         self.sides[side].gate = true;
         self.check_owner(side);
         self.kick(side);
-    }
-
-    // ---- records ------------------------------------------------------------------------------------------------
-
-    fn persist(
-        &mut self,
-        side: usize,
-        seq: u64,
-        record: MigrationRecord,
-        remaining: Option<Vec<(ChunkId, u8, bool)>>,
-    ) {
-        let run = self.sides[side].run;
-        self.sides[side].writes.push_back(Write { run, seq, record, remaining });
-        self.next_write(side);
-    }
-
-    fn next_write(&mut self, side: usize) {
-        if !self.sides[side].writing && !self.sides[side].writes.is_empty() {
-            self.sides[side].writing = true;
-            let delay = self.disk() * 2;
-            self.job(side, delay, Job::Persisted);
-        }
-    }
-
-    fn make_durable(&mut self, side: usize, write: &Write) {
-        let MigrationRecord::V1 { epoch, role, .. } = &write.record;
-        let s = &mut self.sides[side];
-        match role {
-            Role::Destination(r) if r.stage == DestinationStage::Prepared => {
-                s.remaining.clone_from(&write.remaining);
-                s.prepared_at = s.volume.order();
-            }
-            Role::Source(r) if matches!(r.stage, SourceStage::Relinquished { .. }) => s.granted = epoch.0,
-            _ => {}
-        }
-        s.record = write.record.clone();
-        s.record_boot = s.boot;
-        self.tell(|| format!("{side} has durably {:?}", write.record));
-    }
-
-    fn persisted(&mut self, side: usize) {
-        self.sides[side].writing = false;
-        let Some(write) = self.sides[side].writes.pop_front() else { return };
-        self.make_durable(side, &write);
-        self.next_write(side);
-        if write.run != self.sides[side].run {
-            return;
-        }
-        let now = self.clock();
-        match &mut self.sides[side].role {
-            NodeRole::Source(session) => {
-                let reclaiming = session.step() == SourceStep::Reclaiming;
-                session.handle_persisted(now, write.seq);
-                self.stats.reclaims += u64::from(reclaiming && session.step() != SourceStep::Reclaiming);
-            }
-            NodeRole::Destination(session) => session.handle_persisted(now, write.seq),
-            NodeRole::Serving | NodeRole::Idle => {}
-        }
-    }
-
-    // ---- jobs ---------------------------------------------------------------------------------------------------
-
-    pub(crate) fn take_job(&mut self, side: usize, run: u64, job: Job) {
-        let now = self.clock();
-        let current = run == self.sides[side].run;
-        match job {
-            Job::Persisted => self.persisted(side),
-            Job::CaptureStart(chunk) => self.capture(side, run, chunk),
-            Job::CaptureMid(mut job) => {
-                self.capture_half(side, &mut job, 0..BLOCKS / 2);
-                let delay = self.disk();
-                self.again(side, run, delay, Job::CaptureEnd(job));
-            }
-            Job::CaptureEnd(mut job) => {
-                self.capture_half(side, &mut job, BLOCKS / 2..BLOCKS);
-                let capture = self.captured(side, &job);
-                self.take_job(side, run, Job::Captured(job.chunk, capture));
-            }
-            Job::Captured(chunk, capture) if current => {
-                self.drain(side);
-                self.tell(|| format!("{side} captured {chunk}: {capture:?}"));
-                if let NodeRole::Source(session) = &mut self.sides[side].role {
-                    session.handle_captured(now, chunk, capture);
-                }
-            }
-            Job::InstallStart(data, receiving, claimed) => self.install(side, run, data, receiving, claimed),
-            Job::InstallEnd(data) => self.install_end(side, run, data),
-            Job::Synced(what, snapshot) => self.synced(side, current, what, *snapshot),
-            Job::Wiped => self.wiped(side, run, current),
-            Job::Connect if current && matches!(self.sides[side].role, NodeRole::Source(_)) => {
-                self.dial(side)
-            }
-            Job::Connect | Job::Captured(..) => {}
-            Job::Drain => self.drain(side),
-            Job::WriteMid(op) => self.write_mid(side, op),
-            Job::WriteEnd(op) => self.write_end(side, op),
-            Job::PunchStart(op) => self.punch_start(side, op),
-            Job::PunchEnd(op) => self.punch_end(side, op),
-            Job::Fetch(chunk, ahead) => self.fetched(side, run, chunk, ahead),
-            Job::Upkeep => {
-                self.start_sync(side, SyncFor::Upkeep);
-                let every = self.plan.upkeep_every;
-                self.job(side, every, Job::Upkeep);
-            }
-        }
-    }
-
-    /// The next part of a job, of the run that it belongs to.
-    pub(crate) fn again(&mut self, side: usize, run: u64, delay: u64, job: Job) {
-        let life = self.sides[side].life;
-        self.after(delay, Event::Job { side, life, run, job });
-    }
-
-    fn capture(&mut self, side: usize, run: u64, chunk: ChunkId) {
-        let c = *self.sides[side].volume.chunk(chunk);
-        if c.state == ChunkState::Installing {
-            return self.again(side, run, 200, Job::CaptureStart(chunk));
-        }
-        let mask = match c.state {
-            ChunkState::Modified => self.sides[side].volume.full(chunk),
-            ChunkState::Base if !c.mask.is_empty() => c.mask,
-            ChunkState::Zero => {
-                let capture =
-                    Capture::Done { version: Version(c.version), clean: c.writers == 0, body: Body::Zero };
-                return self.again(side, run, 1, Job::Captured(chunk, capture));
-            }
-            ChunkState::Base | ChunkState::Local | ChunkState::Remote | ChunkState::Installing => {
-                return self.again(side, run, 1, Job::Captured(chunk, Capture::Failed));
-            }
-        };
-        let clean = c.writers == 0;
-        let job = CaptureJob { chunk, version: c.version, clean, mask, values: vec![0; BLOCKS] };
-        let delay = self.disk();
-        self.again(side, run, delay, Job::CaptureMid(job));
-    }
-
-    fn capture_half(&mut self, side: usize, job: &mut CaptureJob, half: std::ops::Range<usize>) {
-        for block in half {
-            job.values[block] = self.sides[side].volume.value(job.chunk, block).unwrap_or(0xdead);
-        }
-    }
-
-    fn captured(&mut self, side: usize, job: &CaptureJob) -> Capture {
-        if self.dice.permille(self.plan.capture_fails) {
-            return Capture::Failed;
-        }
-        let clean = job.clean && self.sides[side].volume.chunk(job.chunk).version == job.version;
-        self.stats.torn += u64::from(!clean);
-        let full = self.sides[side].volume.full(job.chunk);
-        let values: Vec<u64> = bits(job.mask).map(|block| job.values[block]).collect();
-        let body = if job.mask == full && values.iter().all(|value| *value == 0) {
-            Body::Zero
-        } else {
-            Body::Blocks { mask: job.mask, bytes: values.iter().flat_map(|v| v.to_le_bytes()).collect() }
-        };
-        Capture::Done { version: Version(job.version), clean, body }
-    }
-
-    fn install(&mut self, side: usize, run: u64, data: ChunkData, receiving: bool, claimed: bool) {
-        let volume = &mut self.sides[side].volume;
-        if !volume.free(data.chunk) {
-            volume.chunk_mut(data.chunk).claimants += u32::from(!claimed);
-            return self.again(side, run, 150, Job::InstallStart(data, receiving, true));
-        }
-        volume.chunk_mut(data.chunk).claimants -= u32::from(claimed);
-        if volume.begin_install(data.chunk, data.version, receiving) {
-            let delay = self.disk();
-            self.again(side, run, delay, Job::InstallEnd(data));
-        } else {
-            self.installed(side, run, data.chunk, data.version, Installed::Superseded);
-        }
-    }
-
-    fn install_end(&mut self, side: usize, run: u64, data: ChunkData) {
-        let pull = data.purpose != blkferry::core::message::Purpose::Push;
-        let fails = if pull { self.plan.pull_install_fails } else { self.plan.install_fails };
-        let result = if self.dice.permille(fails) {
-            self.sides[side].volume.let_go(data.chunk);
-            Installed::Failed
-        } else {
-            self.sides[side].volume.end_install(data.chunk, data.version, &data.body);
-            Installed::Done
-        };
-        self.installed(side, run, data.chunk, data.version, result);
-        self.kick(side);
-    }
-
-    fn installed(&mut self, side: usize, run: u64, chunk: ChunkId, version: Version, result: Installed) {
-        self.tell(|| format!("{side} installed {chunk} {version:?}: {result:?}"));
-        self.sides[side].moving -= 1;
-        let now = self.clock();
-        if run == self.sides[side].run
-            && let NodeRole::Destination(session) = &mut self.sides[side].role
-        {
-            session.handle_installed(now, chunk, version, result);
-        }
-    }
-
-    pub(crate) fn start_sync(&mut self, side: usize, what: SyncFor) {
-        let snapshot = Box::new(self.sides[side].volume.snapshot());
-        let delay = self.disk() * 5;
-        self.job(side, delay, Job::Synced(what, snapshot));
-    }
-
-    fn synced(&mut self, side: usize, current: bool, what: SyncFor, snapshot: crate::volume::Snapshot) {
-        let ok = !self.dice.permille(self.plan.sync_fails);
-        if ok {
-            self.sides[side].volume.sync(snapshot);
-        }
-        let now = self.clock();
-        match (what, &mut self.sides[side].role) {
-            (SyncFor::Layer, NodeRole::Source(session)) if current => session.handle_layer_synced(now, ok),
-            (SyncFor::Volume, NodeRole::Destination(session)) if current => session.handle_synced(now, ok),
-            (SyncFor::Flush(op), _) => self.flush_synced(side, op, ok),
-            _ => {}
-        }
-    }
-
-    fn wiped(&mut self, side: usize, run: u64, current: bool) {
-        if self.sides[side].moving > 0 {
-            return self.again(side, run, 500, Job::Wiped);
-        }
-        self.sides[side].volume.wipe();
-        self.tell(|| format!("side {side} is wiped"));
-        let now = self.clock();
-        if current && let NodeRole::Destination(session) = &mut self.sides[side].role {
-            session.handle_wiped(now);
-        }
-    }
-
-    fn fetched(&mut self, side: usize, run: u64, chunk: ChunkId, ahead: bool) {
-        let volume = &mut self.sides[side].volume;
-        if !volume.free(chunk) {
-            return self.again(side, run, 300, Job::Fetch(chunk, ahead));
-        }
-        volume.fetch(chunk);
-        self.kick(side);
-        if ahead {
-            self.sides[side].moving -= 1;
-            let now = self.clock();
-            if run == self.sides[side].run
-                && let NodeRole::Destination(session) = &mut self.sides[side].role
-            {
-                session.handle_base_fetched(now, chunk);
-            }
-        }
-    }
-
-    // ---- tracker ------------------------------------------------------------------------------------------------
-
-    pub(crate) fn track(&mut self, side: usize, chunk: ChunkId, blocks: BlockMask) {
-        let Some(tracked) = &mut self.sides[side].tracked else { return };
-        let counts = tracked.entry(chunk).or_default();
-        counts.0 += 1;
-        counts.1 += blocks.count();
-        if !std::mem::replace(&mut self.sides[side].drain_due, true) {
-            let delay = self.dice.below(5 * MS);
-            self.job(side, delay, Job::Drain);
-        }
-    }
-
-    pub(crate) fn drain(&mut self, side: usize) {
-        self.sides[side].drain_due = false;
-        let now = self.clock();
-        let Some(tracked) = &mut self.sides[side].tracked else { return };
-        let written = std::mem::take(tracked);
-        if let NodeRole::Source(session) = &mut self.sides[side].role {
-            for (chunk, (passes, plain)) in written {
-                session.handle_wrote(now, chunk, passes, plain);
-            }
-        }
-    }
-
-    /// The step of a side's session, in words, for the checks.
-    pub(crate) fn may_serve(&self, side: usize) -> bool {
-        match &self.sides[side].role {
-            NodeRole::Serving => true,
-            NodeRole::Idle => false,
-            // Until the record of the offer is asked for.
-            NodeRole::Source(session) => {
-                blkferry::core::ownership::source_serves(session.step())
-                    || session.step() == SourceStep::Leaving
-            }
-            NodeRole::Destination(session) => {
-                blkferry::core::ownership::destination_serves(session.step())
-                    || (session.step() == DestinationStep::Left)
-            }
-        }
     }
 }

@@ -87,10 +87,10 @@ impl World {
             ChunkId(self.dice.below(u64::from(self.geometry.chunk_count())) as u32)
         };
         let kind = match self.dice.below(100) {
-            0..50 => Kind::Write,
-            50..85 => Kind::Read,
-            85..90 => Kind::Zero,
-            _ => Kind::Flush,
+            roll if roll < self.plan.flush_percent => Kind::Flush,
+            0..60 => Kind::Write,
+            60..95 => Kind::Read,
+            _ => Kind::Zero,
         };
         let full = self.geometry.full_mask(chunk);
         let count = u64::from(full.count());

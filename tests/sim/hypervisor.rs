@@ -175,7 +175,7 @@ impl World {
 
     fn decide_later(&mut self) {
         if !std::mem::replace(&mut self.hv.deciding, true) {
-            let delay = self.dice.delay(50 * MS);
+            let delay = self.dice.delay(self.plan.decide);
             self.after(delay, Event::Hv(HvEvent::Decide));
         }
     }
@@ -224,7 +224,8 @@ impl World {
             NodeRole::Destination(session) => {
                 self.hv.state = State::StartWait(side);
                 self.sides[side].start_hold = true;
-                session.handle_start_requested(now, true);
+                let hold = self.dice.permille(900);
+                session.handle_start_requested(now, hold);
                 let delay = self.dice.below(self.plan.give_up);
                 self.after(delay, Event::Hv(HvEvent::GiveUp(token)));
             }
@@ -238,6 +239,21 @@ impl World {
         self.hv.state = State::Running;
         self.guest.at = side;
         self.guest.issues = true;
+        if self.dice.permille(self.plan.again_permille) {
+            let delay = self.dice.delay(20 * MS);
+            self.after(delay, Event::ChangeMind);
+        }
+    }
+
+    /// Stops what runs, starts here what was to start there.
+    pub(crate) fn change_mind(&mut self) {
+        match self.hv.state {
+            _ if self.calm => {}
+            State::Running => self.stop(),
+            State::StartWait(at) if at != self.guest.at => self.give_up(at),
+            State::Stopped => self.hv.target = self.guest.at,
+            State::Draining | State::StopWait | State::StartWait(_) => {}
+        }
     }
 
     fn refused(&mut self, side: usize) {

@@ -75,6 +75,7 @@ impl World {
     /// A side says something on its connection, if it has one.
     pub(crate) fn say(&mut self, from: usize, message: Message) {
         let Some(number) = self.sides[from].conn else { return };
+        self.check_said(from, &message);
         let stream = if matches!(message, Message::Chunk(_)) { 2 + self.dice.index(2) } else { from };
         let delay = self.dice.delay(self.plan.net_delay);
         let now = self.now;
@@ -142,8 +143,8 @@ impl World {
         }
     }
 
-    pub(crate) fn cut_tick(&mut self) {
-        if self.calm || self.plan.cut_every == 0 {
+    pub(crate) fn cut_tick(&mut self, again: bool) {
+        if self.calm {
             return;
         }
         let open: Vec<u64> = self.net.conns.iter().filter(|(_, c)| c.open).map(|(n, _)| *n).collect();
@@ -157,12 +158,15 @@ impl World {
                 self.after(delay, Event::Closed { side, conn: number });
             }
         }
+        if !again {
+            return;
+        }
         if self.dice.coin() {
             self.net.down = true;
             let delay = self.dice.below(2 * SECOND);
             self.after(delay, Event::Heal);
         }
         let delay = self.dice.below(2 * self.plan.cut_every);
-        self.after(delay, Event::Cut);
+        self.after(delay, Event::Cut(true));
     }
 }

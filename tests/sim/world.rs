@@ -36,6 +36,14 @@ pub(crate) struct Plan {
     pub(crate) give_up: u64,
     pub(crate) net_delay: u64,
     pub(crate) disk_delay: u64,
+    pub(crate) capture_delay: u64,
+    pub(crate) sync_delay: u64,
+    /// How soon the hypervisor decides.
+    pub(crate) decide: u64,
+    pub(crate) again_permille: u64,
+    /// How often a step of a session is followed at once by a crash, a cut or a change of mind.
+    pub(crate) strike_permille: u64,
+    pub(crate) flush_percent: u64,
     pub(crate) guest_every: u64,
     pub(crate) upkeep_every: u64,
     pub(crate) hot_permille: u64,
@@ -59,11 +67,17 @@ impl Plan {
             stop_permille: dice.between(50, 500),
             arm_permille: dice.between(200, 900),
             to_destination_permille: dice.between(500, 950),
-            give_up: dice.between(100, 30_000) * MS,
+            give_up: [20 * MS, 500 * MS, 30 * SECOND][dice.index(3)],
+            capture_delay: [0, 0, 20 * MS, 150 * MS][dice.index(4)],
+            sync_delay: [0, 0, 100 * MS, SECOND][dice.index(4)],
+            decide: [MS, 50 * MS, 300 * MS][dice.index(3)],
+            again_permille: [0, 100, 600][dice.index(3)],
+            strike_permille: [0, 0, 30, 120][dice.index(4)],
+            flush_percent: [1, 10][dice.index(2)],
             net_delay: [200, 2000, 15_000][dice.index(3)],
             disk_delay: [100, 1000, 6000][dice.index(3)],
             guest_every: [3, 10, 30][dice.index(3)] * MS,
-            upkeep_every: dice.between(200, 3000) * MS,
+            upkeep_every: [300 * MS, 3 * SECOND, 60 * SECOND][dice.index(3)],
             hot_permille: dice.between(200, 950),
         }
     }
@@ -78,6 +92,8 @@ impl Plan {
         self.sync_fails = 0;
         self.cancel_permille = 0;
         self.arm_permille = 0;
+        self.strike_permille = 0;
+        self.again_permille = 0;
         self.give_up = 60 * SECOND;
         self.guest_every = 50 * MS;
     }
@@ -136,6 +152,8 @@ pub(crate) struct Side {
     pub(crate) moving: u32,
     pub(crate) data_lost: bool,
     pub(crate) precopy: bool,
+    /// The session's step when it was last looked at.
+    pub(crate) step: u8,
     // Durable:
     pub(crate) record: MigrationRecord,
     pub(crate) record_boot: u64,
@@ -143,6 +161,8 @@ pub(crate) struct Side {
     pub(crate) prepared_at: u64,
     /// Highest epoch that this side has given away.
     pub(crate) granted: u64,
+    /// Highest epoch that this side has offered.
+    pub(crate) offered: u64,
 }
 
 #[derive(Debug)]
@@ -184,9 +204,10 @@ pub(crate) enum Event {
     Guest,
     Hv(HvEvent),
     Operator,
-    Cut,
+    Cut(bool),
     Heal,
-    Kill,
+    Kill(Option<usize>),
+    ChangeMind,
     Restart(usize),
     Calm,
 }
@@ -213,6 +234,30 @@ pub(crate) struct Stats {
     pub(crate) returns: u64,
     pub(crate) reads: u64,
     pub(crate) events: u64,
+}
+
+impl Stats {
+    pub(crate) fn add(&mut self, one: &Self) {
+        self.handoffs += one.handoffs;
+        self.completions += one.completions;
+        self.reclaims += one.reclaims;
+        self.cancels += one.cancels;
+        self.cuts += one.cuts;
+        self.kills += one.kills;
+        self.host_crashes += one.host_crashes;
+        self.pushes += one.pushes;
+        self.pulls += one.pulls;
+        self.demands += one.demands;
+        self.overwritten += one.overwritten;
+        self.torn += one.torn;
+        self.denials += one.denials;
+        self.mismatches += one.mismatches;
+        self.held_flushes += one.held_flushes;
+        self.lost += one.lost;
+        self.returns += one.returns;
+        self.reads += one.reads;
+        self.events += one.events;
+    }
 }
 
 #[derive(Debug)]
@@ -304,7 +349,7 @@ impl World {
         self.after(1, Event::Guest);
         self.after(100 * MS, Event::Operator);
         self.after(plan.chaos, Event::Calm);
-        for (every, event) in [(plan.cut_every, Event::Cut), (plan.kill_every, Event::Kill)] {
+        for (every, event) in [(plan.cut_every, Event::Cut(true)), (plan.kill_every, Event::Kill(None))] {
             if every > 0 {
                 let delay = self.dice.below(2 * every);
                 self.after(delay, event);
@@ -412,9 +457,11 @@ impl World {
             Event::Guest => self.guest_tick(),
             Event::Hv(event) => self.hv_event(event),
             Event::Operator => self.operator_tick(),
-            Event::Cut => self.cut_tick(),
+            Event::Cut(again) => self.cut_tick(again),
+            Event::ChangeMind => self.change_mind(),
             Event::Heal => self.net.down = false,
-            Event::Kill => self.kill_tick(),
+            Event::Kill(None) => self.kill_tick(),
+            Event::Kill(Some(side)) => self.strike_down(side),
             Event::Restart(side) => self.restart(side),
             Event::Calm => self.become_calm(),
         }
@@ -483,11 +530,13 @@ impl Side {
             moving: 0,
             data_lost: false,
             precopy: false,
+            step: 0,
             record: MigrationRecord::V1 { volume, epoch: Epoch(0), role: Role::Idle },
             record_boot: 1,
             remaining: None,
             prepared_at: 0,
             granted: 0,
+            offered: 0,
         }
     }
 
