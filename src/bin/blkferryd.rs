@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The daemon: arguments, logging, the API beside the node, exit status. Everything else is the library's.
 
-use anyhow::Context;
 use blkferry::config::Config;
 use blkferry::control::api;
 use blkferry::control::daemon_args::{self, ParsedDaemon};
@@ -51,7 +50,7 @@ fn run(config: Config) -> anyhow::Result<()> {
         });
         Ok(())
     };
-    let result = daemon::run(config, Box::new(surface)).context("cannot go on");
+    let result = daemon::run(config, Box::new(surface));
     drop(stop);
-    result
+    Ok(result?)
 }
