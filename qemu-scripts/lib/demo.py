@@ -125,8 +125,11 @@ def summary(result, pause, usual, downtime, ios, checked, verified, args):
     print(f"  guest: {ios} I/Os, {verified} sectors verified inside; longest wait for an I/O {pause} ms "
           f"({usual} ms before the migration), QEMU's downtime {downtime} ms")
     print(f"  outside: all {checked} sectors of the disk hold what the guest left (seed {args.seed})")
-    parts = ", ".join(f"{name} {human(count)}" for name, count in paths.items())
-    return (f"demo: ok  migrated {human(total)} in {seconds:.1f}s ({parts}), guest pause {pause} ms, "
+    print(f"  moved: {human(total)}, of these "
+          + ", ".join(f"{human(count)} by {name}" for name, count in paths.items()))
+    # For programs: bytes and seconds as plain numbers.
+    parts = ", ".join(f"{name} {count}" for name, count in paths.items())
+    return (f"demo: ok  migrated {total} in {seconds:.1f} ({parts}), guest pause {pause} ms, "
             f"{checked} blocks verified, 0 wrong")
 
 
