@@ -40,6 +40,8 @@ impl DestinationSession {
             // The source was restarted. Its content has not changed since the offer, and it may have granted it.
             DestinationStep::Prepared if known && hello.epoch == self.epoch => {
                 self.foreign = true;
+                // It tells everything anew; after a crash of its host that may be less than it told before.
+                self.pull.forget_told();
                 self.hello = Some(hello);
                 self.welcome();
             }

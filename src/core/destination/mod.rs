@@ -73,7 +73,8 @@ pub enum DestinationAction {
     Send(Message),
     /// Take over the volume's identity, serial and so on.
     Adopt(Hello),
-    /// Write a chunk and tell by `handle_installed`.
+    /// Write a chunk and tell by `handle_installed`. A pushed chunk (by its purpose, not by the stage: pushes go on
+    /// while a reclaim is being recorded) replaces an older version; a pulled one only fills what is remote.
     Install(ChunkData),
     /// Mark chunks as remote, with nothing of them valid here.
     MarkRemote {

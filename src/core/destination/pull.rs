@@ -123,6 +123,11 @@ impl Pull {
         self.told.digest()
     }
 
+    /// What another run of the source told is not compared with what this one tells.
+    pub(super) fn forget_told(&mut self) {
+        self.told.clear();
+    }
+
     pub(super) fn told_remaining(&self) -> u32 {
         self.told.remaining()
     }
@@ -393,7 +398,10 @@ impl DestinationSession {
             (
                 DestinationStep::Receiving | DestinationStep::Preparing | DestinationStep::Voiding,
                 Installed::Superseded,
-            ) => self.acknowledge(chunk, version),
+            ) if self.pull.version(chunk).is_some_and(|here| here >= version) => {
+                // Only for something newer: an acknowledgement settles the chunk at the source.
+                self.acknowledge(chunk, version);
+            }
             (
                 DestinationStep::Receiving | DestinationStep::Preparing | DestinationStep::Voiding,
                 Installed::Failed,

@@ -266,6 +266,19 @@ fn t10_an_older_push_never_replaces_a_newer_one() {
 }
 
 #[test]
+fn t10_a_superseded_install_is_acknowledged_only_for_something_newer() {
+    let mut rig = Rig::receiving();
+    rig.pushed(1, 4);
+    rig.hear(data(1, 6, Epoch(7), Purpose::Push));
+    assert!(said(&rig.installed(1, 6, Installed::Superseded)).is_empty());
+    rig.hear(data(1, 8, Epoch(7), Purpose::Push));
+    rig.hear(data(1, 7, Epoch(7), Purpose::Push));
+    rig.installed(1, 8, Installed::Done);
+    let entries = vec![(ChunkId(1), Version(7))];
+    assert_eq!(said(&rig.installed(1, 7, Installed::Superseded)), [Message::Ack { entries }]);
+}
+
+#[test]
 fn t10_settled_by_another_version_is_not_settled() {
     let mut rig = Rig::receiving();
     rig.pushed(1, 9);
@@ -444,6 +457,10 @@ fn t21_a_source_that_was_restarted_after_its_grant_finds_the_offer_again() {
     });
     let welcome = welcome.unwrap();
     assert_eq!((welcome.prepared, welcome.have_follows), (Some(OFFERED), false));
+    // What it tells now counts, and not what the first run told.
+    rig.told = Standings::new(8);
+    rig.remains(2, 0);
+    assert!(said(&rig.offer(OFFERED)).contains(&Message::Prepared { epoch: OFFERED }));
     assert!(rig.hear(Message::Granted { epoch: OFFERED }).contains(&DestinationAction::OpenGate));
 }
 
