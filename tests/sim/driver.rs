@@ -5,9 +5,8 @@ use crate::hypervisor::HvEvent;
 use crate::world::{Event, Job, MS, NodeRole, SyncFor, World};
 use blkferry::core::destination::DestinationAction;
 use blkferry::core::geometry::ChunkId;
-use blkferry::core::message::{Epoch, Message};
+use blkferry::core::message::{Epoch, Message, Purpose};
 use blkferry::core::progress::Outcome;
-use blkferry::core::record::DestinationStage;
 use blkferry::core::source::SourceAction;
 
 impl World {
@@ -76,7 +75,7 @@ impl World {
         match action {
             SourceAction::Send(message) => self.say(side, message),
             SourceAction::SendData(data) => {
-                self.stats.pushes += u64::from(data.purpose == blkferry::core::message::Purpose::Push);
+                self.stats.pushes += u64::from(data.purpose == Purpose::Push);
                 self.say(side, Message::Chunk(data));
             }
             SourceAction::Capture { chunk, .. } => {
@@ -126,7 +125,7 @@ impl World {
                 s.epoch = Epoch(s.epoch.0.max(hello.epoch.0));
             }
             DestinationAction::Install(data) => {
-                let receiving = matches!(&self.sides[side].role, NodeRole::Destination(d) if d.stage() == DestinationStage::Receiving);
+                let receiving = data.purpose == Purpose::Push;
                 self.sides[side].moving += 1;
                 let delay = self.dice.below(100);
                 self.job(side, delay, Job::InstallStart(data, receiving, false));
