@@ -110,12 +110,10 @@ impl Node {
                     answer(envelope, Verdict::Refuse(error));
                 }
             },
-            // The guest never stopped here (the daemon was restarted, or the rings were stopped before the
-            // migration was armed): the session is told, and answers at once.
+            // The session must know that the guest runs, also when its gate never closed (a reconnect, or rings that
+            // were stopped before the migration was armed): it would offer the disk of a guest that it takes for
+            // stopped.
             Standing::Pushing => {
-                if self.volume.gate().is_open() {
-                    return answer(envelope, Verdict::Proceed);
-                }
                 self.holds.hold_start(envelope);
                 self.rings_started(now);
             }
