@@ -30,7 +30,7 @@ use crate::core::message::{Epoch, Version};
 use parking_lot::Mutex;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A journal longer than this many bytes asks for a rotation.
 pub const ROTATE_AT: u64 = 8 << 20;
@@ -72,6 +72,10 @@ struct Active {
     /// Up to here the last commit went.
     committed: u64,
     committed_handoff: Epoch,
+    /// The handoff that commits are made under, and what had been noted when it was set: a commit that does not
+    /// reach as far does not cover what came before the handoff, and must not say that it does.
+    handoff: Epoch,
+    handoff_from: u64,
     /// Up to here the journal is durable.
     synced: u64,
     /// A sync failed: nothing in this generation or before can be made durable any more.
@@ -96,7 +100,6 @@ pub struct ChunkMap {
     committing: Mutex<()>,
     /// Held for the time of a rotation.
     rotating: Mutex<()>,
-    handoff: AtomicU64,
     keep_versions: AtomicBool,
 }
 
@@ -152,6 +155,8 @@ impl ChunkMap {
             noted: 0,
             committed: 0,
             committed_handoff: handoff,
+            handoff,
+            handoff_from: 0,
             synced: 0,
             broken: None,
         };
@@ -161,7 +166,6 @@ impl ChunkMap {
             active: Mutex::new(active),
             committing: Mutex::new(()),
             rotating: Mutex::new(()),
-            handoff: AtomicU64::new(handoff.0),
             keep_versions: AtomicBool::new(false),
         };
         Ok((map, recovered))
@@ -193,7 +197,7 @@ impl ChunkMap {
     #[must_use]
     pub fn pending(&self) -> bool {
         let active = self.active.lock();
-        active.noted > active.committed || active.committed_handoff != self.handoff()
+        active.noted > active.committed || active.committed_handoff != active.handoff
     }
 
     /// Makes everything noted up to `upto` survive a crash of the host. The layer must have been synced after `upto`
@@ -204,9 +208,10 @@ impl ChunkMap {
     /// replaced it.
     pub fn commit(&self, upto: u64) -> io::Result<()> {
         let _one_at_a_time = self.committing.lock();
-        let handoff = self.handoff();
-        let (seq, generation, files) = {
+        let (seq, generation, files, handoff) = {
             let mut active = self.active.lock();
+            let covers = upto >= active.handoff_from;
+            let handoff = if covers { active.handoff } else { active.committed_handoff };
             if active.committed >= upto && active.committed_handoff == handoff {
                 return Ok(());
             }
@@ -216,7 +221,7 @@ impl ChunkMap {
             let seq = active.append(Content::Commit { upto, handoff })?;
             let mut files = active.older.clone();
             files.push(Arc::clone(active.journal.file()));
-            (seq, active.journal.generation(), files)
+            (seq, active.journal.generation(), files, handoff)
         };
         let synced = files.iter().try_for_each(|file| file.sync());
         let mut active = self.active.lock();
@@ -234,11 +239,9 @@ impl ChunkMap {
     /// Sets the handoff (epoch) that commits are made under from now on; the destination sets it when an offer has
     /// been prepared. 0 is none.
     pub fn set_handoff(&self, epoch: Epoch) {
-        self.handoff.store(epoch.0, Ordering::SeqCst);
-    }
-
-    fn handoff(&self) -> Epoch {
-        Epoch(self.handoff.load(Ordering::SeqCst))
+        let mut active = self.active.lock();
+        active.handoff = epoch;
+        active.handoff_from = active.noted;
     }
 
     /// Says whether versions matter (at a destination they are the source's, and are told again after a restart). If
@@ -303,14 +306,15 @@ impl ChunkMap {
         let generation = self.active.lock().journal.generation() + 1;
         let header = journal::Header { generation, boot: self.owner.boot, store: self.owner.store };
         let journal = Journal::create(folder, &header)?;
-        let first_seq = {
+        let (first_seq, handoff) = {
             let mut active = self.active.lock();
             let old = std::mem::replace(&mut active.journal, journal);
             active.older.push(Arc::clone(old.file()));
-            active.seq + 1
+            // What was noted before this handoff is in the copy.
+            (active.seq + 1, active.handoff)
         };
         // Notes go to the new journal now, so the copy has all that the old one has.
-        let (store, chunks, handoff) = (self.owner.store, self.owner.chunks, self.handoff());
+        let (store, chunks) = (self.owner.store, self.owner.chunks);
         let header = checkpoint::Header { generation, store, chunks, handoff, first_seq };
         let mut upto = 0;
         checkpoint::write(folder, &header, runs, || {

@@ -273,6 +273,26 @@ fn a_handoff_without_a_commit_is_not_committed() {
 }
 
 #[test]
+fn t15_a_commit_that_began_before_a_handoff_does_not_count_for_it() {
+    let disk = Disk::new();
+    let map = fresh(&disk);
+    map.note(&[nth(1)]).unwrap();
+    // The layer is being synced up to here when more is noted and the offer is prepared.
+    let begun = map.position();
+    map.note(&[nth(2)]).unwrap();
+    map.set_handoff(Epoch(6));
+    map.commit(begun).unwrap();
+    assert!(map.pending());
+    drop(map);
+    disk.crash(0);
+    let recovered = open(&disk, LATER).unwrap().1;
+    assert_eq!(
+        recovered.committed_handoff, None,
+        "what was noted second is gone: nothing was committed since"
+    );
+}
+
+#[test]
 fn a_journal_whose_sync_failed_is_trusted_again_only_after_a_rotation() {
     let disk = Disk::new();
     let map = fresh(&disk);
