@@ -52,8 +52,9 @@ impl Tables {
     }
 
     fn clear(&self) {
-        // Only what is not zero: pages that were never touched stay without memory.
-        let words = self.written.iter().chain(&self.leaves).chain(&self.summary);
+        // Only what is not zero: pages that were never touched stay without memory. The summary before the leaves: a
+        // write that still comes in sets its leaf first, so a leaf that survives has its summary bit too.
+        let words = self.written.iter().chain(&self.summary).chain(&self.leaves);
         for word in words.filter(|word| word.load(Ordering::Relaxed) != 0) {
             word.store(0, Ordering::Relaxed);
         }

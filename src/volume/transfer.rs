@@ -397,6 +397,7 @@ impl Transfer {
     /// # Errors
     /// `Store`: an error of the layer also marks the volume faulty, one of the map may pass with a rotation.
     pub async fn sync(&self) -> Result<(), TransferError> {
+        self.check_sound()?;
         let upto = self.volume.map().position();
         if let Err(error) = self.engine.sync(self.file).await {
             self.volume.layer_lost(&error);
@@ -414,10 +415,22 @@ impl Transfer {
         if !self.volume.map().wants_rotation() {
             return Ok(false);
         }
-        let table = Arc::clone(self.volume.table());
-        self.blocking(move |store| store.map.rotate(|chunk| table.record(chunk), || store.layer.sync()))
-            .await?;
+        self.check_sound()?;
+        let volume = Arc::clone(&self.volume);
+        self.blocking(move |store| {
+            let sync = || store.layer.sync().inspect_err(|error| volume.layer_lost(error));
+            store.map.rotate(|chunk| volume.table().record(chunk), sync)
+        })
+        .await?;
         Ok(true)
+    }
+
+    /// The kernel tells of lost pages once: a sync that is tried again would succeed, and lie.
+    fn check_sound(&self) -> Result<(), TransferError> {
+        match self.volume.fault() {
+            Some(fault) => Err(TransferError::Store(io::Error::other(fault))),
+            None => Ok(()),
+        }
     }
 
     /// Drops all content, durably, for a destination whose migration was cancelled. The gate must be closed, and no

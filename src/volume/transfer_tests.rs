@@ -117,6 +117,24 @@ fn t08_t09_an_install_keeps_what_the_guest_wrote() {
 }
 
 #[test]
+fn t23_what_is_pulled_replaces_a_void_copy_of_a_larger_version() {
+    let disk = with_base();
+    let mut daemon = disk.open();
+    assert_eq!(install(&daemon, C0, 9, &whole(5), InstallPhase::Receiving), Installed::Done);
+    // Rewritten at the source, which was killed then: its versions begin again with what its journal has.
+    mark_remote(&daemon, 0, 1);
+    let (read, buf) = daemon.read(0, BLOCK);
+    assert!(daemon.turn().is_empty());
+    assert_eq!(install(&daemon, C0, 1, &whole(7), InstallPhase::Pulling), Installed::Done);
+    let mut done = Vec::new();
+    while done.is_empty() {
+        done.extend(daemon.turn());
+    }
+    assert_eq!(done, [(read, Status::Ok)]);
+    assert_eq!(buf.to_vec(), [7; BLOCK]);
+}
+
+#[test]
 fn t09_a_discard_cancels_a_pull() {
     let disk = with_base();
     let mut daemon = disk.open();

@@ -9,6 +9,7 @@ use super::{
     Status, Step, VolumeEvent,
 };
 use crate::core::chunk::{Access, ChunkState};
+use crate::core::geometry::ChunkId;
 use crate::volume::table::{Begun, TableError};
 use std::io;
 
@@ -169,11 +170,14 @@ impl Port {
         let batch = std::mem::take(&mut self.batch);
         let mut claims = Vec::new();
         for (key, result) in &batch {
-            if let Some(Piece { span, step: Step::Writing { claim }, .. }) = self.pieces.get_mut(*key)
-                && result.is_ok()
-                && !claim.is_empty()
-            {
-                claims.push(Claim { chunk: span.chunk, blocks: *claim });
+            let Some(Piece { span, step: Step::Writing { claim }, .. }) = self.pieces.get_mut(*key) else {
+                continue;
+            };
+            let claim = Claim { chunk: span.chunk, blocks: *claim };
+            // Where nothing lies under a chunk, what a failed write has left in the layer is valid all the same: else it
+            // would read as zeros now and come back when a neighbour is written.
+            if !claim.blocks.is_empty() && (result.is_ok() || self.stands_on_nothing(claim.chunk)) {
+                claims.push(claim);
             }
         }
         let published = self.publish(&claims);
@@ -183,6 +187,12 @@ impl Port {
         self.synced(&batch);
         self.batch = batch;
         self.batch.clear();
+    }
+
+    /// Whether blocks of the chunk that are not valid are holes, and not somebody else's content.
+    fn stands_on_nothing(&self, chunk: ChunkId) -> bool {
+        let table = self.volume.table();
+        !table.has_base(chunk) && table.look(chunk).state == ChunkState::Base
     }
 
     fn publish(&self, claims: &[Claim]) -> bool {
@@ -289,6 +299,10 @@ impl Port {
         }
         if requests.is_empty() {
             return;
+        }
+        if self.volume.is_faulty() {
+            // Another sync was told of lost pages while these were under way; the kernel tells only one.
+            return requests.into_iter().for_each(|key| self.complete(key, Some(Status::IoError)));
         }
         let committed = self.volume.map().commit(position);
         if let Err(error) = &committed {
