@@ -248,7 +248,12 @@ impl QueueThread {
             Err(error) => return Answer::Failed(error.to_string()),
         }
         (self.paused, self.reported) = (false, false);
-        self.watch(kick.as_deref())
+        let answer = self.watch(kick.as_deref());
+        if matches!(answer, Answer::Failed(_)) {
+            // The handler takes it for stopped, and nothing has been popped yet.
+            self.queue = None;
+        }
+        answer
     }
 
     fn update(&mut self, setup: RingSetup) -> Answer {
@@ -368,7 +373,8 @@ impl QueueThread {
         let Some(queue) = &mut self.queue else { return self.port.wait(1, None) };
         let live = !self.paused && self.drain.is_none();
         if live && queue.arm() && (self.volume.gate().is_open() || !self.reported) {
-            return Ok(());
+            // What was popped is submitted, and what has ended is heard of, however much more comes.
+            return self.port.wait(0, None);
         }
         let wanted = (self.port.in_flight() / 4).clamp(1, MAX_BATCH);
         match &self.drain {
