@@ -7,6 +7,12 @@
 use super::*;
 
 impl SourceSession {
+    /// Whether nothing is to be said any more: released, and the destination knows (or was asked often enough).
+    #[must_use]
+    pub fn rests(&self) -> bool {
+        self.step == SourceStep::Released && self.farewells == 0
+    }
+
     pub(super) fn connect(&mut self, now: Duration) {
         self.link = Link::Down;
         self.actions.push_back(SourceAction::Connect { not_before: now });
