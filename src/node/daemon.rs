@@ -13,8 +13,8 @@ use super::node::{Node, RoleDriver};
 use super::report::Report;
 use super::status::{ChunkCounts, Command, NodeHandle, Snapshot};
 use crate::config::Config;
-use crate::core::geometry::ChunkId;
-use crate::core::message::{Epoch, Hello, Message};
+use crate::core::geometry::{ChunkId, Geometry};
+use crate::core::message::{Epoch, Hello, Message, Refusal};
 use crate::core::record::{DestinationRecord, DestinationStage, MigrationRecord, Role, SourceStage};
 use crate::core::set::ChunkSet;
 use crate::frontend::features;
@@ -25,10 +25,12 @@ use crate::volume::{Closed, Transfer, Volume, VolumeOptions};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_local;
 
+/// How long a peer may take to greet a daemon that has no volume yet.
+const GREETING: Duration = Duration::from_secs(5);
 /// Room for commands that wait their turn.
 const COMMANDS: usize = 16;
 
@@ -57,6 +59,8 @@ async fn serve(config: Config, surface: Surface) -> Result<(), NodeError> {
     let (snapshots, snapshot_view) = watch::channel(Snapshot::default());
     let (commands, mut command_queue) = mpsc::channel::<Command>(COMMANDS);
     watch_for_signals(&inputs)?;
+    // A second daemon, or a foreign directory, is refused before anything listens.
+    let state = StateDir::claim(&config.state_dir)?;
     let throttle = Throttle::new(config.bandwidth);
     let client = config.tls_dir.as_deref().map(TlsClient::from_dir).transpose()?;
     let mut listener = listen(&config, &throttle).await?;
@@ -70,14 +74,15 @@ async fn serve(config: Config, surface: Surface) -> Result<(), NodeError> {
         }
     });
     let mut first = None;
-    let state = StateDir::claim(&config.state_dir)?;
     let known = config.size.is_some() || config.base.is_some() || config.blk_file.is_some();
     let store = match known || state.superblock()?.is_some() {
         true => Store::open_in(state, &StoreParams::from(&config))?,
         false => {
             let Some(listener) = &mut listener else { return Err(NodeError::NoSize) };
             log::info!("no size is known yet: waiting for a migration source to name it");
-            let Some((link, hello)) = await_source(listener, &mut queue).await else { return Ok(()) };
+            let Some((link, hello)) = await_source(listener, &mut queue, &config).await else {
+                return Ok(());
+            };
             let params = StoreParams {
                 size: Some(hello.size),
                 chunk_size: Some(hello.chunk_size),
@@ -90,9 +95,7 @@ async fn serve(config: Config, surface: Surface) -> Result<(), NodeError> {
     let plumbing = Plumbing { inputs: inputs.clone(), snapshots, throttle, tls: client };
     let node = build(config, store, plumbing).await?;
     if let Some((link, hello)) = first {
-        // The greeting was taken off the link to learn the size: hand both to the node in order.
-        let _ = inputs.send(Input::Accepted(link));
-        let _ = inputs.send(Input::Link(1, LinkEvent::Message(Message::Hello(hello))));
+        let _ = inputs.send(Input::Greeted(link, Box::new(hello)));
     }
     if let Some(listener) = listener {
         accept_sources(listener, inputs);
@@ -142,6 +145,7 @@ async fn listen(config: &Config, throttle: &Throttle) -> Result<Option<Listener>
 async fn await_source(
     listener: &mut Listener,
     queue: &mut mpsc::UnboundedReceiver<Input>,
+    config: &Config,
 ) -> Option<(PeerLink, Hello)> {
     loop {
         let mut link = tokio::select! {
@@ -155,13 +159,40 @@ async fn await_source(
                 Some(_) => continue,
             },
         };
-        match link.rx.recv().await {
-            Some(LinkEvent::Message(Message::Hello(hello))) => return Some((link, hello)),
+        let greeting = tokio::select! {
+            event = link.rx.recv() => event,
+            () = tokio::time::sleep(GREETING) => None,
+        };
+        match greeting {
+            Some(LinkEvent::Message(Message::Hello(hello))) => match acceptable(config, &hello) {
+                Ok(()) => return Some((link, hello)),
+                Err((reason, text)) => {
+                    log::warn!("a migration source at {} was turned away: {text}", link.peer);
+                    // The peer may be gone already.
+                    let _ = link.tx.send(Message::Refuse { reason, text });
+                }
+            },
             Some(LinkEvent::Message(_) | LinkEvent::Closed(_)) | None => {
                 log::warn!("a peer at {} did not greet", link.peer);
             }
         }
+        link.tx.close();
     }
+}
+
+/// What must hold before a source's size is taken over for good.
+fn acceptable(config: &Config, hello: &Hello) -> Result<(), (Refusal, String)> {
+    Geometry::new(hello.size, hello.chunk_size).map_err(|error| (Refusal::Geometry, error.to_string()))?;
+    if hello.base.length != 0 {
+        let text = "the source's volume has a base image: start this daemon with --base".to_owned();
+        return Err((Refusal::BaseIdentity, text));
+    }
+    let missing = hello.virtio_features & !features::virtio_features(config.read_only);
+    if missing != 0 || hello.read_only != config.read_only || hello.queues > config.num_queues {
+        let text = "the source's device has other features or more queues than this one".to_owned();
+        return Err((Refusal::Features, text));
+    }
+    Ok(())
 }
 
 /// What a node is plugged into.
@@ -218,6 +249,7 @@ async fn build(config: Config, store: Store, plumbing: Plumbing) -> Result<Node,
         base: superblock.base,
         epoch: Epoch(1),
         virgin: recorded.is_none() && fresh,
+        unwiped: false,
         incarnation: uuid::Uuid::new_v4().as_u64_pair().0,
         transfer,
         store,
@@ -238,6 +270,7 @@ async fn build(config: Config, store: Store, plumbing: Plumbing) -> Result<Node,
         fault: String::new(),
         counted: None,
         counts: ChunkCounts::default(),
+        shown: None,
         config,
     };
     node.take_up(recorded, fresh).await?;

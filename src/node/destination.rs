@@ -21,6 +21,10 @@ pub(super) struct DestinationDriver {
     pub(super) session: DestinationSession,
     pub(super) link: Option<LinkSender>,
     pub(super) installed: u32,
+    /// A source has greeted on the connection.
+    pub(super) greeted: bool,
+    /// This side has given the volume away and only takes it back.
+    pub(super) released: bool,
 }
 
 impl Node {
@@ -41,7 +45,13 @@ impl Node {
     /// Stands ready for a source: `released` when this side has given this very volume away before.
     pub(super) fn stand_ready(&mut self, released: bool) {
         let session = DestinationSession::idle(self.facts(self.virgin, released));
-        self.become_destination(DestinationDriver { session, link: None, installed: 0 });
+        self.become_destination(DestinationDriver {
+            session,
+            link: None,
+            installed: 0,
+            greeted: false,
+            released,
+        });
     }
 
     /// Goes on with a migration that a record tells of.
@@ -65,7 +75,13 @@ impl Node {
         }
         let facts = self.facts(false, false);
         let session = DestinationSession::resume(facts, record, self.epoch, have, remaining);
-        self.become_destination(DestinationDriver { session, link: None, installed: 0 });
+        self.become_destination(DestinationDriver {
+            session,
+            link: None,
+            installed: 0,
+            greeted: false,
+            released: false,
+        });
         if owner {
             self.open_gate();
         } else {

@@ -9,7 +9,7 @@
 use super::status::Command;
 use crate::core::destination::Installed;
 use crate::core::geometry::ChunkId;
-use crate::core::message::Version;
+use crate::core::message::{Hello, Version};
 use crate::core::source::Capture;
 use crate::frontend::signal::Envelope;
 use crate::peer::{LinkEvent, PeerLink};
@@ -25,6 +25,8 @@ pub(super) enum Input {
     Command(Command),
     /// A migration source has connected.
     Accepted(PeerLink),
+    /// The same, at a daemon that learned its size from the source's greeting.
+    Greeted(PeerLink, Box<Hello>),
     /// The peer connection of this number said something, or ended.
     Link(u64, LinkEvent),
     /// Guest writes were tracked.
@@ -37,8 +39,10 @@ pub(super) enum Input {
 
 /// The end of a task.
 pub(super) enum Done {
-    /// A record is durable, or could not be made so.
-    Persisted { seq: u64, result: Result<(), String> },
+    /// A record is durable.
+    Persisted { seq: u64 },
+    /// A record could not be written; it is tried again.
+    PersistFailed(String),
     /// A chunk was read.
     Captured { chunk: ChunkId, capture: Capture },
     /// A chunk was written.

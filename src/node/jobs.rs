@@ -22,6 +22,9 @@ use std::time::Duration;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::task::spawn_local;
 
+/// Pause before a record that could not be written is tried again.
+const RETRY_WRITE: Duration = Duration::from_secs(1);
+
 /// Entries of the file `remaining`: chunk, write count, still remaining.
 pub(super) type RemainingEntries = Vec<(ChunkId, u8, bool)>;
 
@@ -43,6 +46,7 @@ pub(super) struct Jobs {
     writing: bool,
     moving: Rc<Cell<u32>>,
     tidying: Rc<Cell<bool>>,
+    commit_owed: Cell<bool>,
 }
 
 impl Jobs {
@@ -57,6 +61,7 @@ impl Jobs {
             writing: false,
             moving: Rc::default(),
             tidying: Rc::default(),
+            commit_owed: Cell::new(false),
         }
     }
 
@@ -99,6 +104,7 @@ impl Jobs {
         let (inputs, store) = (self.inputs.clone(), Arc::clone(&self.store));
         spawn_local(async move {
             let (run, seq) = (write.run, write.seq);
+            let write = Arc::new(write);
             let job = move || -> Result<(), String> {
                 if let Some(entries) = &write.remaining {
                     let MigrationRecord::V1 { epoch, .. } = &write.record;
@@ -112,11 +118,18 @@ impl Jobs {
                 }
                 store.record.store(&write.record).map_err(|e| e.to_string())
             };
-            let result = match tokio::task::spawn_blocking(job).await {
-                Ok(result) => result,
-                Err(error) => Err(error.to_string()),
-            };
-            let _ = inputs.send(Input::Done(run, Done::Persisted { seq, result }));
+            // An older record must never come after a newer one, and none may be left out: it is written again until
+            // it is durable. Whoever waits for it stalls, and the status says why.
+            loop {
+                let result = match tokio::task::spawn_blocking(job.clone()).await {
+                    Ok(result) => result,
+                    Err(error) => Err(error.to_string()),
+                };
+                let Err(error) = result else { break };
+                let _ = inputs.send(Input::Done(run, Done::PersistFailed(error)));
+                tokio::time::sleep(RETRY_WRITE).await;
+            }
+            let _ = inputs.send(Input::Done(run, Done::Persisted { seq }));
         });
     }
 
@@ -198,8 +211,9 @@ impl Jobs {
     /// Commits what has come so far, and rotates the journal when it has grown; reports nothing.
     pub(super) fn upkeep(&self, commit: bool) {
         // One at a time; what is left out comes with the next.
+        let commit = self.commit_owed.take() || commit;
         if self.tidying.replace(true) {
-            return;
+            return self.commit_owed.set(commit);
         }
         let (transfer, tidying) = (Rc::clone(&self.transfer), Rc::clone(&self.tidying));
         spawn_local(async move {
@@ -216,12 +230,16 @@ impl Jobs {
     /// Drops everything that came, once no chunk is being written any more.
     pub(super) fn wipe(&self) {
         let transfer = Rc::clone(&self.transfer);
-        let moving = Rc::clone(&self.moving);
+        let (moving, tidying) = (Rc::clone(&self.moving), Rc::clone(&self.tidying));
         self.spawn(async move {
-            while moving.get() > 0 {
+            // A checkpoint of what is being dropped must not come after it.
+            while moving.get() > 0 || tidying.get() {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
-            Done::Wiped(transfer.wipe().await.map_err(|e| e.to_string()))
+            tidying.set(true);
+            let result = transfer.wipe().await.map_err(|e| e.to_string());
+            tidying.set(false);
+            Done::Wiped(result)
         });
     }
 

@@ -10,6 +10,7 @@ mod destination;
 mod holds;
 mod input;
 mod jobs;
+mod links;
 #[allow(clippy::module_inception)]
 mod node;
 mod publish;

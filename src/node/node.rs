@@ -21,11 +21,11 @@ use super::report::{Outcome, Report};
 use super::source::SourceDriver;
 use super::status::{Command, Denied, MigrationState, Snapshot};
 use crate::config::Config;
-use crate::core::message::{BaseIdentity, ChunkData, Epoch, Message, Refusal, VolumeId};
+use crate::core::message::{BaseIdentity, Epoch, Message, Refusal, VolumeId};
 use crate::core::ownership::DestinationStep;
 use crate::core::record::{DestinationStage, MigrationRecord, Role, SourceStage};
 use crate::frontend::server::Frontend;
-use crate::peer::{LinkEvent, LinkSender, PeerLink, Throttle, TlsClient};
+use crate::peer::{LinkEvent, Throttle, TlsClient};
 use crate::store::Store;
 use crate::volume::{Closed, Transfer, Volume};
 use std::rc::Rc;
@@ -62,6 +62,8 @@ pub(super) struct Node {
     pub(super) epoch: Epoch,
     /// Nothing was ever kept here.
     pub(super) virgin: bool,
+    /// What came in a migration that is off could not be dropped.
+    pub(super) unwiped: bool,
     pub(super) incarnation: u64,
     pub(super) transfer: Rc<Transfer>,
     pub(super) store: Arc<Store>,
@@ -82,11 +84,8 @@ pub(super) struct Node {
     pub(super) fault: String,
     pub(super) counted: Option<(Instant, crate::volume::IoTotals)>,
     pub(super) counts: super::status::ChunkCounts,
-}
-
-fn wire_bytes(link: &LinkSender) -> u64 {
-    let stats = link.stats();
-    stats.sent + stats.received
+    /// What the last snapshot says.
+    pub(super) shown: Option<(Standing, MigrationState)>,
 }
 
 impl Node {
@@ -137,7 +136,6 @@ impl Node {
 
     /// Carries out everything that the session wants done.
     fn pump(&mut self) {
-        let before = self.standing();
         while !self.jobs.marking() {
             match &mut self.role {
                 RoleDriver::Source(source) => match source.session.poll_action() {
@@ -152,7 +150,8 @@ impl Node {
             }
         }
         self.follow_epoch();
-        if self.standing() != before {
+        // An input may have moved the session before any action: compare with what was published, not with before.
+        if self.shown != Some((self.standing(), self.migration_state())) {
             self.publish();
         }
     }
@@ -173,6 +172,10 @@ impl Node {
             Input::Volume(event) => self.on_volume(event),
             Input::Command(command) => self.on_command(command),
             Input::Accepted(link) => self.on_accepted(link),
+            Input::Greeted(link, hello) => {
+                self.on_accepted(link);
+                self.on_link(LinkEvent::Message(Message::Hello(*hello)));
+            }
             Input::Link(number, event) if number == self.link_number => self.on_link(event),
             Input::Link(..) | Input::Shutdown => {}
             Input::Wrote => self.drain_tracker(),
@@ -192,7 +195,11 @@ impl Node {
                 SourceStage::Released => Standing::Released,
             },
             RoleDriver::Destination(destination) if destination.session.step() == DestinationStep::Idle => {
-                Standing::Idle
+                if destination.released {
+                    Standing::Released
+                } else {
+                    Standing::Idle
+                }
             }
             RoleDriver::Destination(destination) => match destination.session.stage() {
                 DestinationStage::Receiving => Standing::Receiving,
@@ -262,142 +269,9 @@ impl Node {
             RoleDriver::Serving | RoleDriver::Idle => Ok(()),
         };
         result.map_err(|reason| {
-            Denied::new("handed-over", format!("the migration cannot be cancelled now: {reason:?}"))
+            let code = if reason == Refusal::Busy { "busy" } else { "handed-over" };
+            Denied::new(code, format!("the migration cannot be cancelled now: {reason:?}"))
         })
-    }
-
-    fn on_accepted(&mut self, link: PeerLink) {
-        if matches!(self.role, RoleDriver::Serving) {
-            log::warn!(
-                "a migration source at {} was turned away: this daemon serves a disk of its own",
-                link.peer
-            );
-            let text = "this daemon serves a disk of its own".to_owned();
-            // The peer may be gone already.
-            let _ = link.tx.send(Message::Refuse { reason: Refusal::Busy, text });
-            link.tx.close();
-            return;
-        }
-        // A live connection of a migration that was agreed is not given up for a stranger's; the source tries again.
-        let taken = self.destination_mut().is_some_and(|destination| {
-            destination.session.agreed() && destination.link.as_ref().is_some_and(|link| !link.is_closed())
-        });
-        if taken {
-            log::warn!("a second connection, from {}, was closed: the first one is alive", link.peer);
-            link.tx.close();
-            return;
-        }
-        self.drop_link();
-        self.tell_disconnected();
-        let released = self.standing() == Standing::Released;
-        if released || matches!(self.role, RoleDriver::Idle) {
-            self.jobs.begin_run();
-            self.stand_ready(released);
-        }
-        if self.destination_mut().is_none() {
-            log::warn!("a migration source at {} was turned away: this daemon is a source itself", link.peer);
-            return;
-        }
-        self.report.peer(&link.peer.to_string());
-        self.use_link(link);
-    }
-
-    /// Makes `link` the peer connection.
-    pub(super) fn use_link(&mut self, link: PeerLink) {
-        self.link_number += 1;
-        let number = self.link_number;
-        let (sender, mut events) = (link.tx, link.rx);
-        let inputs = self.inputs.clone();
-        tokio::task::spawn_local(async move {
-            while let Some(event) = events.recv().await {
-                let closed = matches!(event, LinkEvent::Closed(_));
-                if inputs.send(Input::Link(number, event)).is_err() || closed {
-                    break;
-                }
-            }
-        });
-        let now = self.now();
-        match &mut self.role {
-            RoleDriver::Source(source) => {
-                source.link = Some(sender);
-                source.session.handle_connected(now);
-            }
-            RoleDriver::Destination(destination) => {
-                destination.link = Some(sender);
-                destination.session.handle_connected(now);
-            }
-            RoleDriver::Serving | RoleDriver::Idle => {}
-        }
-    }
-
-    pub(super) fn drop_link(&mut self) {
-        self.link_number += 1;
-        let link = match &mut self.role {
-            RoleDriver::Source(source) => source.link.take(),
-            RoleDriver::Destination(destination) => destination.link.take(),
-            RoleDriver::Serving | RoleDriver::Idle => None,
-        };
-        if let Some(link) = link {
-            self.wire_before += wire_bytes(&link);
-            link.close();
-        }
-    }
-
-    /// Bytes on the wire in this migration, both directions.
-    pub(super) fn link_bytes(&self) -> u64 {
-        self.wire_before + self.link().map_or(0, wire_bytes)
-    }
-
-    fn link(&self) -> Option<&LinkSender> {
-        match &self.role {
-            RoleDriver::Source(source) => source.link.as_ref(),
-            RoleDriver::Destination(destination) => destination.link.as_ref(),
-            RoleDriver::Serving | RoleDriver::Idle => None,
-        }
-    }
-
-    /// Sends a message if there is a connection; the session says it again on the next one if it must.
-    pub(super) fn send(&self, message: Message) {
-        if let Some(link) = self.link()
-            && let Err(error) = link.send(message)
-        {
-            log::debug!("a message was not sent: {error}");
-        }
-    }
-
-    /// Sends a chunk if there is a connection.
-    pub(super) fn send_data(&self, data: ChunkData) {
-        if let Some(link) = self.link()
-            && let Err(error) = link.send_data(data)
-        {
-            log::debug!("a chunk was not sent: {error}");
-        }
-    }
-
-    fn on_link(&mut self, event: LinkEvent) {
-        let now = self.now();
-        match event {
-            LinkEvent::Message(message) => match &mut self.role {
-                RoleDriver::Source(source) => source.session.handle_message(now, message),
-                RoleDriver::Destination(destination) => destination.session.handle_message(now, message),
-                RoleDriver::Serving | RoleDriver::Idle => {}
-            },
-            LinkEvent::Closed(reason) => {
-                log::warn!("the connection to the peer has ended: {reason}");
-                self.report.message(&format!("not connected: {reason}"));
-                self.drop_link();
-                self.tell_disconnected();
-            }
-        }
-    }
-
-    fn tell_disconnected(&mut self) {
-        let now = self.now();
-        match &mut self.role {
-            RoleDriver::Source(source) => source.session.handle_disconnected(now),
-            RoleDriver::Destination(destination) => destination.session.handle_disconnected(now),
-            RoleDriver::Serving | RoleDriver::Idle => {}
-        }
     }
 
     fn on_done(&mut self, run: u64, done: Done) {
@@ -412,8 +286,8 @@ impl Node {
         }
         let now = self.now();
         match done {
-            Done::Persisted { result: Err(error), .. } => {
-                self.fault(&format!("the migration record cannot be written: {error}"));
+            Done::PersistFailed(error) => {
+                self.fault(&format!("the migration record cannot be written, and is tried again: {error}"));
             }
             Done::Connected(result) => self.on_connected(result),
             Done::Captured { chunk, capture } => {
@@ -428,7 +302,7 @@ impl Node {
                     source.session.handle_layer_synced(now, ok);
                 }
             }
-            Done::Persisted { seq, result: Ok(()) } => match &mut self.role {
+            Done::Persisted { seq } => match &mut self.role {
                 RoleDriver::Source(source) => source.session.handle_persisted(now, seq),
                 RoleDriver::Destination(destination) => {
                     destination.session.handle_persisted(now, seq);
@@ -468,26 +342,11 @@ impl Node {
 
     /// A destination that cannot be emptied can take nothing in.
     fn cannot_wipe(&mut self, error: &str) {
+        self.unwiped = true;
         let text = format!("the volume cannot be emptied for a migration: {error}");
         self.fault(&text);
         self.send(Message::Refuse { reason: Refusal::Io, text: text.clone() });
         self.finish(Outcome::Failed { reason: Refusal::Io, text });
-    }
-
-    fn on_connected(&mut self, result: Result<PeerLink, String>) {
-        match result {
-            Ok(link) => {
-                log::info!("connected to {}", link.peer);
-                self.report.message("");
-                self.report.reconnected();
-                self.use_link(link);
-            }
-            Err(error) => {
-                self.report.message(&format!("cannot connect: {error}"));
-                log::warn!("cannot connect to the destination: {error}");
-                self.tell_disconnected();
-            }
-        }
     }
 
     /// A migration has ended at this side.
@@ -503,11 +362,15 @@ impl Node {
         self.report.ended(&outcome);
         if !matches!((&self.role, &outcome), (RoleDriver::Source(_), Outcome::Completed)) {
             self.drop_link();
+            // What is still under way, a connection for one, is nobody's now.
+            self.jobs.begin_run();
         }
         let gives = matches!(self.role, RoleDriver::Source(_));
         if gives {
             self.volume.tracker().disarm();
         }
+        // Nothing may change a chunk for long from here on: the last count must be of now.
+        self.counted = None;
         match (gives, &outcome) {
             // Keeps saying that it has let go, until the same disk comes back.
             (true, Outcome::Completed) => {}
@@ -539,6 +402,9 @@ impl Node {
 
     /// Makes this node the owner of a disk that no migration brought: durable before the guest runs.
     pub(super) fn claim(&mut self) -> Result<(), String> {
+        if self.unwiped {
+            return Err("what is left of another volume could not be dropped: restart this daemon".to_owned());
+        }
         self.drop_link();
         if !std::mem::take(&mut self.virgin) && matches!(self.standing(), Standing::Idle) {
             // What was here belonged to a migration that did not come to its end: this is another disk.

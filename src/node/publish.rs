@@ -30,6 +30,7 @@ impl Node {
     /// Publishes the snapshot of now, if it differs from the last one.
     pub(super) fn publish(&mut self) {
         let state = self.migration_state();
+        self.shown = Some((self.standing(), state));
         let stage = stage_name(self.standing());
         let (progress, connected) = match &self.role {
             RoleDriver::Source(source) => (Some(source.session.progress()), source.link.is_some()),

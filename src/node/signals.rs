@@ -66,7 +66,8 @@ impl Node {
         let now = self.now();
         self.rings_running = false;
         match self.standing() {
-            Standing::Pushing => {
+            // Also in the middle of a reclaim; the session answers in every step.
+            Standing::Pushing | Standing::Offered => {
                 self.holds.hold_stop(envelope);
                 self.close_gate(Closed::Offered);
                 self.drain_tracker();
@@ -84,7 +85,6 @@ impl Node {
             }
             Standing::Serving
             | Standing::Idle
-            | Standing::Offered
             | Standing::Relinquished
             | Standing::Released
             | Standing::Pulling

@@ -231,7 +231,7 @@ pub struct Snapshot {
 #[derive(Debug, Error, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[error("{code}: {message}")]
 pub struct Denied {
-    /// A stable word, for programs: `busy`, `not-owner`, `unreachable`, `not-supported`, `invalid`, `handed-over`, `none`, `internal`.
+    /// A stable word, for programs: `busy`, `not-owner`, `not-supported`, `invalid`, `handed-over`, `none`, `internal`.
     pub code: String,
     /// A sentence, for people.
     pub message: String,
