@@ -131,7 +131,6 @@ fn status_of(code: &str) -> StatusCode {
         "busy" | "not-owner" | "handed-over" => StatusCode::CONFLICT,
         "too-large" => StatusCode::PAYLOAD_TOO_LARGE,
         "not-supported" => StatusCode::UNPROCESSABLE_ENTITY,
-        "unreachable" => StatusCode::BAD_GATEWAY,
         "stopping" => StatusCode::SERVICE_UNAVAILABLE,
         "timeout" => StatusCode::GATEWAY_TIMEOUT,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
@@ -158,7 +157,6 @@ async fn get_migration(State(api): State<Api>) -> Json<MigrationStatus> {
         (status = 413, description = "`too-large`", body = Denied),
         (status = 422, description = "`not-supported`", body = Denied),
         (status = 500, description = "`internal`", body = Denied),
-        (status = 502, description = "`unreachable`", body = Denied),
         (status = 503, description = "`stopping`", body = Denied),
         (status = 504, description = "`timeout`", body = Denied)))]
 async fn put_migration(
