@@ -137,7 +137,6 @@ async fn the_nodes_refusals_keep_their_code() {
         ("busy", 409),
         ("not-owner", 409),
         ("handed-over", 409),
-        ("unreachable", 502),
         ("not-supported", 422),
         ("invalid", 400),
         ("none", 404),

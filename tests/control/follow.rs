@@ -127,9 +127,9 @@ async fn a_vm_that_migrates_already_is_left_alone() {
 #[tokio::test]
 async fn a_refusal_of_the_daemon_leaves_qemu_alone() {
     let (node, qemu) = pair();
-    node.script.lock().deny_migrate = Some(Denied::new("unreachable", "nobody there"));
+    node.script.lock().deny_migrate = Some(Denied::new("internal", "nobody there"));
     let error = play(&node, with_vm(&qemu), |_| async {}).await.unwrap_err();
-    assert_eq!(error.code(), "unreachable");
+    assert_eq!(error.code(), "internal");
     assert!(!qemu.asked("migrate"));
 }
 

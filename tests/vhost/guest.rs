@@ -110,7 +110,7 @@ pub struct Queue {
 }
 
 impl Queue {
-    fn new(index: usize) -> Self {
+    pub fn new(index: usize) -> Self {
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         Self {
             index,

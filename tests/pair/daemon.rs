@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A daemon process: started, asked, killed, started again on the same arguments.
+
+use blkferry::control::client::{Client, ClientError};
+use blkferry::node::status::{MigrationRequest, MigrationState, MigrationStatus, StrategyName, VolumeStatus};
+use std::fs::File;
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Longest wait for anything that must come.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// One side.
+pub struct Daemon {
+    pub name: &'static str,
+    dir: PathBuf,
+    pub port: u16,
+    args: Vec<String>,
+    child: Option<Child>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Daemon {
+    /// Starts `blkferryd` with its files in `dir` and these arguments more.
+    pub fn start(name: &'static str, dir: &Path, args: &[String]) -> Self {
+        let dir = dir.join(name);
+        std::fs::create_dir(&dir).unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut daemon = Self { name, dir, port, args: args.to_vec(), child: None, runtime };
+        daemon.spawn();
+        daemon
+    }
+
+    /// Starts the process (again), and waits until it listens for its front-end, or at least for the API.
+    pub fn spawn(&mut self) {
+        assert!(self.child.is_none(), "{} runs already", self.name);
+        let log = File::options().create(true).append(true).open(self.log_file()).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_blkferryd"))
+            .arg("--socket-path")
+            .arg(self.socket())
+            .arg("--state-dir")
+            .arg(self.dir.join("state"))
+            .arg("--api-socket")
+            .arg(self.api())
+            .args(["--listen", &format!("127.0.0.1:{}", self.port), "--log-level", "debug"])
+            .args(&self.args)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.child = Some(child);
+        let since = Instant::now();
+        while UnixStream::connect(self.api()).is_err() {
+            let ended = self.child.as_mut().unwrap().try_wait().unwrap();
+            assert!(ended.is_none(), "{} has ended: {ended:?}", self.name);
+            assert!(since.elapsed() < LIMIT, "{} does not listen", self.name);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("vhost.sock")
+    }
+
+    fn api(&self) -> PathBuf {
+        self.dir.join("api.sock")
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.dir.join("log")
+    }
+
+    /// Whether a front-end can connect. A connection to find out would be one that the daemon counts.
+    pub fn listens(&self) -> bool {
+        let path = self.socket().display().to_string();
+        let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+        // The fourth column has __SO_ACCEPTCON.
+        sockets.lines().any(|line| line.ends_with(&path) && line.split(' ').nth(3) == Some("00010000"))
+    }
+
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(self.log_file()).unwrap_or_default()).into_owned()
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        let mut child = self.child.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// SIGTERM; it must end well, and soon.
+    pub fn terminate(&mut self) {
+        let mut child = self.child.take().unwrap();
+        let sent = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+        let since = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if since.elapsed() > LIMIT {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                panic!("{} does not end on SIGTERM", self.name);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        assert!(status.success(), "{}: {status}", self.name);
+    }
+
+    fn client(&self) -> Client {
+        Client::new(self.api())
+    }
+
+    pub fn migration(&self) -> MigrationStatus {
+        self.runtime.block_on(self.client().migration()).unwrap()
+    }
+
+    pub fn state(&self) -> MigrationState {
+        self.migration().state
+    }
+
+    pub fn volume(&self) -> VolumeStatus {
+        self.runtime.block_on(self.client().volume()).unwrap()
+    }
+
+    /// Arms a migration to the daemon that listens on `port`.
+    pub fn migrate(
+        &self,
+        port: u16,
+        strategy: StrategyName,
+        bandwidth: Option<u64>,
+    ) -> Result<(), ClientError> {
+        let request = MigrationRequest {
+            destination_url: format!("127.0.0.1:{port}"),
+            strategy,
+            threshold: None,
+            connections: None,
+            bandwidth,
+            start: Default::default(),
+        };
+        self.runtime.block_on(self.client().migrate(&request)).map(drop)
+    }
+
+    pub fn cancel(&self) -> Result<(), ClientError> {
+        self.runtime.block_on(self.client().cancel()).map(drop)
+    }
+
+    /// Lines of the log that say ERROR, but for those that contain one of `expected`.
+    pub fn errors(&self, expected: &[&str]) -> Vec<String> {
+        let log = self.log();
+        let lines = log.lines().filter(|line| line.contains(" ERROR ") || line.contains("panicked"));
+        lines.filter(|line| !expected.iter().any(|word| line.contains(word))).map(str::to_owned).collect()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().ok();
+            child.wait().ok();
+        }
+    }
+}

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The guest's program: random requests, several in flight, and a record of what each sector must hold.
+//!
+//! Requests that overlap a change in flight are not made: then what each read must return is known exactly.
+
+use crate::guest::{Ask, Done, Guest, OK, T_DISCARD, T_WRITE_ZEROES};
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use std::collections::HashMap;
+use std::ops::Range;
+
+pub const SECTOR: usize = 512;
+/// Sectors of a block.
+const BLOCK: u64 = 8;
+/// Largest request in sectors: a slot of the guest.
+const MOST: u64 = 32;
+/// What nobody has written: the base image, zeros where it ends.
+const BASE: u64 = u64::MAX;
+
+/// What a sector holds that was written with `stamp`: it says where it belongs and when it was written.
+fn fill(sector: u64, stamp: u64, out: &mut [u8]) {
+    for (at, word) in (0u64..).zip(out.chunks_exact_mut(8)) {
+        let value = match at {
+            0 => stamp,
+            1 => sector,
+            _ => (stamp ^ sector << 24 ^ at << 56).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        };
+        word.copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+/// What a request is for.
+#[derive(Debug, Clone)]
+enum Purpose {
+    Read,
+    Change(u64),
+    Flush,
+}
+
+#[derive(Debug, Clone)]
+struct Pending {
+    sectors: Range<u64>,
+    purpose: Purpose,
+}
+
+/// The writer and its record.
+pub struct Writer {
+    pub rng: ChaCha8Rng,
+    base: Vec<u8>,
+    record: Vec<u64>,
+    pending: HashMap<u16, Pending>,
+    stamp: u64,
+    /// Requests that came back.
+    pub done: u64,
+    pub flushed: u64,
+}
+
+impl Writer {
+    pub fn new(seed: u64, sectors: u64, base: Vec<u8>) -> Self {
+        Self {
+            rng: ChaCha8Rng::seed_from_u64(seed),
+            base,
+            record: vec![BASE; sectors as usize],
+            pending: HashMap::new(),
+            stamp: 0,
+            done: 0,
+            flushed: 0,
+        }
+    }
+
+    pub fn sectors(&self) -> u64 {
+        self.record.len() as u64
+    }
+
+    fn expected(&self, sector: u64, out: &mut [u8]) {
+        match self.record[sector as usize] {
+            0 => out.fill(0),
+            BASE => {
+                let at = sector as usize * SECTOR;
+                for (n, byte) in out.iter_mut().enumerate() {
+                    *byte = self.base.get(at + n).copied().unwrap_or(0);
+                }
+            }
+            stamp => fill(sector, stamp, out),
+        }
+    }
+
+    /// Compares what was read from `first` on with the record.
+    pub fn check(&self, first: u64, bytes: &[u8]) {
+        let mut want = [0; SECTOR];
+        for (sector, have) in (first..).zip(bytes.chunks(SECTOR)) {
+            self.expected(sector, &mut want);
+            if have != want {
+                let word = |at: usize, of: &[u8]| u64::from_le_bytes(of[at..at + 8].try_into().unwrap());
+                panic!(
+                    "sector {sector} (chunk {} of 64K) holds stamp {} of sector {}, not stamp {}",
+                    sector / 128,
+                    word(0, have),
+                    word(8, have),
+                    self.record[sector as usize]
+                );
+            }
+        }
+    }
+
+    fn free(&self, sectors: &Range<u64>, reads: bool) -> bool {
+        self.pending.values().all(|other| {
+            let apart = other.sectors.end <= sectors.start || sectors.end <= other.sectors.start;
+            apart || reads && matches!(other.purpose, Purpose::Read)
+        })
+    }
+
+    /// A range: whole blocks, or anything down to a sector; mostly in a small part of the disk.
+    fn range(&mut self) -> Range<u64> {
+        let total = self.sectors();
+        let area = if self.rng.random_bool(0.7) { total / 8 } else { total };
+        let whole = self.rng.random_bool(0.6);
+        let (start, len) = if whole {
+            let blocks = self.rng.random_range(1..=MOST / BLOCK);
+            (self.rng.random_range(0..area / BLOCK) * BLOCK, blocks * BLOCK)
+        } else {
+            (self.rng.random_range(0..area), self.rng.random_range(1..=MOST))
+        };
+        start..(start + len).min(total)
+    }
+
+    /// Makes one request available.
+    pub fn send(&mut self, guest: &mut Guest) {
+        let kind = self.rng.random_range(0..100);
+        let sectors = if kind >= 97 { 0..0 } else { self.range() };
+        if !self.free(&sectors, kind < 30) {
+            return;
+        }
+        match kind {
+            0..30 => {
+                let len = (sectors.end - sectors.start) as usize * SECTOR;
+                self.ask(guest, sectors.clone(), Purpose::Read, &Ask::In(sectors.start, len));
+            }
+            30..90 => self.write(guest, sectors),
+            90..97 => {
+                let (kind, flags) = match self.rng.random_range(0..3) {
+                    0 => (T_DISCARD, 0),
+                    1 => (T_WRITE_ZEROES, 0),
+                    _ => (T_WRITE_ZEROES, 1),
+                };
+                let count = (sectors.end - sectors.start) as u32;
+                let segment = [(sectors.start, count, flags)];
+                self.ask(guest, sectors, Purpose::Change(0), &Ask::Zero(kind, &segment));
+            }
+            _ => self.flush(guest),
+        }
+    }
+
+    pub fn flush(&mut self, guest: &mut Guest) {
+        self.ask(guest, 0..0, Purpose::Flush, &Ask::Flush);
+    }
+
+    pub fn write(&mut self, guest: &mut Guest, sectors: Range<u64>) {
+        self.stamp += 1;
+        let mut bytes = vec![0; (sectors.end - sectors.start) as usize * SECTOR];
+        for (sector, out) in sectors.clone().zip(bytes.chunks_mut(SECTOR)) {
+            fill(sector, self.stamp, out);
+        }
+        self.ask(guest, sectors.clone(), Purpose::Change(self.stamp), &Ask::Out(sectors.start, &bytes));
+    }
+
+    pub fn read(&mut self, guest: &mut Guest, sectors: Range<u64>) {
+        let len = (sectors.end - sectors.start) as usize * SECTOR;
+        self.ask(guest, sectors.clone(), Purpose::Read, &Ask::In(sectors.start, len));
+    }
+
+    fn ask(&mut self, guest: &mut Guest, sectors: Range<u64>, purpose: Purpose, ask: &Ask<'_>) {
+        let head = guest.send(0, ask);
+        assert!(self.pending.insert(head, Pending { sectors, purpose }).is_none());
+    }
+
+    /// Takes what has come back.
+    pub fn reap(&mut self, guest: &mut Guest) {
+        for Done { head, status, data } in guest.reap(0) {
+            let Pending { sectors, purpose } = self.pending.remove(&head).unwrap();
+            assert_eq!(status, OK, "{purpose:?} of sectors {sectors:?}");
+            match purpose {
+                Purpose::Read => self.check(sectors.start, &data),
+                Purpose::Change(stamp) => {
+                    self.record[sectors.start as usize..sectors.end as usize].fill(stamp);
+                }
+                Purpose::Flush => self.flushed += 1,
+            }
+            self.done += 1;
+        }
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// What waits, for a message.
+    pub fn waiting(&self) -> String {
+        let mut all: Vec<_> = self.pending.iter().collect();
+        all.sort_by_key(|(head, _)| **head);
+        format!("{all:?}")
+    }
+
+    /// A random number below `end`.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.rng.next_u64() % end
+    }
+}
