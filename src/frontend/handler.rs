@@ -137,10 +137,11 @@ impl Handler {
     /// The front-end is gone: finishes what is in flight, forgets what it said. Guest memory stays mapped for a
     /// front-end that comes back (see [`Self::forget_memory`]).
     pub(super) fn disconnected(&mut self) {
+        let since = Instant::now();
         for index in 0..self.queues.len() {
             if self.queues[index].started {
                 log::info!("queue {index}: the front-end is gone, the ring is quiesced");
-                self.command(index, Command::Quiesce).ok();
+                self.command(index, Command::Quiesce(since)).ok();
             }
             self.queues[index] = Queue::default();
         }
@@ -287,10 +288,9 @@ impl Handler {
         }
     }
 
-    fn stopping(&mut self) {
-        if self.stop_since.is_none() {
-            self.stop_since = Some(Instant::now());
-        }
+    /// When the stop that is under way began: now, if none was.
+    pub(super) fn stopping(&mut self) -> Instant {
+        *self.stop_since.get_or_insert_with(Instant::now)
     }
 
     /// Drains and ends a ring; the last one tells the node and waits.
@@ -298,8 +298,8 @@ impl Handler {
         if !self.queues[index].started {
             return;
         }
-        self.stopping();
-        if let Ok(Answer::Base(base)) = self.command(index, Command::Stop) {
+        let since = self.stopping();
+        if let Ok(Answer::Base(base)) = self.command(index, Command::Stop(since)) {
             self.queues[index].base = base;
         }
         self.queues[index].started = false;

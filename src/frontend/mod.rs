@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The hypervisor's side (layer L4): a vhost-user-blk back-end.
 //!
-//! [`server`] accepts one front-end after another; [`handler`] answers its messages; [`ring`] runs one thread per
-//! virtqueue; [`virtio_blk`] turns descriptor chains into requests for the volume; [`signal`] says what the messages
+//! [`server`] accepts one front-end after another; `handler` answers its messages; `ring` runs one thread per
+//! virtqueue; `virtio_blk` turns descriptor chains into requests for the volume; [`signal`] says what the messages
 //! mean to the owner of the volume's role. Nothing here decides who owns the disk: rings process only while the
 //! volume's gate is open.
 //!

@@ -45,14 +45,14 @@ pub(super) enum Command {
     /// Go on with this; indices stay.
     Update(Box<RingSetup>),
     /// Drain and hold (SET_VRING_ENABLE 0).
-    Pause,
+    Pause(Instant),
     /// Go on after a pause.
     Resume,
     /// Drain and end (GET_VRING_BASE); answered with the base.
-    Stop,
+    Stop(Instant),
     /// The front-end is gone: finish what is in flight and end, pop nothing. What cannot finish stays in the
     /// in-flight region.
-    Quiesce,
+    Quiesce(Instant),
     /// End the thread; the ring must have been stopped.
     Quit,
 }
@@ -227,8 +227,8 @@ impl QueueThread {
                     self.paused = false;
                     Answer::Done
                 }
-                Command::Pause | Command::Stop | Command::Quiesce => {
-                    self.begin_drain(&command, reply);
+                Command::Pause(since) | Command::Stop(since) | Command::Quiesce(since) => {
+                    self.begin_drain(&command, since, reply);
                     continue;
                 }
                 Command::Quit => {
@@ -281,16 +281,17 @@ impl QueueThread {
         }
     }
 
-    fn begin_drain(&mut self, command: &Command, reply: SyncSender<Answer>) {
+    /// `since` is when the stop began that this ring is a part of: all rings together drain within the limit.
+    fn begin_drain(&mut self, command: &Command, since: Instant, reply: SyncSender<Answer>) {
         let Some(queue) = &self.queue else {
             reply.send(Answer::Base(0)).ok();
             return;
         };
-        let abandon = matches!(command, Command::Quiesce);
+        let abandon = matches!(command, Command::Quiesce(_));
         // A paused ring is drained already; the driver cannot have been served since.
         let end = if abandon || self.paused { queue.position() } else { queue.available() };
-        let ends = !matches!(command, Command::Pause);
-        self.drain = Some(Drain { end, deadline: Instant::now() + self.drain_limit, ends, abandon, reply });
+        let ends = !matches!(command, Command::Pause(_));
+        self.drain = Some(Drain { end, deadline: since + self.drain_limit, ends, abandon, reply });
     }
 
     /// Takes in completions.

@@ -23,6 +23,9 @@ use thiserror::Error;
 /// Most descriptors in a chain. A driver may not make one longer than the ring (2.7.5.3.1); rings here have at most
 /// 32768, but nothing real uses more than this.
 pub(super) const MAX_CHAIN: usize = 2048;
+/// Most bytes that a read or write may carry. Descriptors may name the same memory over and over, so a request could
+/// ask for terabytes, and keep a queue thread or the host's memory busy with its pieces; no driver sends more than a few MiB.
+const MAX_DATA: u64 = 256 << 20;
 const HEADER: u32 = 16;
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
@@ -257,6 +260,9 @@ impl Chain {
             T_IN | T_GET_ID => &self.writable,
             _ => &self.readable,
         };
+        if data.iter().map(|range| u64::from(range.len)).sum::<u64>() > MAX_DATA {
+            return Action::Invalid("more data than a request may carry");
+        }
         let Ok(buf) = view.io_buf(data) else { return Action::Invalid("data outside guest memory") };
         let Some(offset) = sector.checked_mul(SECTOR) else { return Action::Invalid("sector past the end") };
         match kind {

@@ -199,8 +199,8 @@ impl VhostUserBackendReqHandlerMut for Handler {
                 self.command(queue, Command::Resume).map(drop).or_else(|why| self.refuse(why))
             }
             (true, false) => {
-                self.stopping();
-                self.command(queue, Command::Pause).map(drop).or_else(|why| self.refuse(why))
+                let since = self.stopping();
+                self.command(queue, Command::Pause(since)).map(drop).or_else(|why| self.refuse(why))
             }
         }
     }
