@@ -2,7 +2,7 @@
 //! The destination's side of a migration: MIGRATION_NOTIFICATION, TRANSFER_IO_CONTROL (paper, Algorithm 3) and the
 //! taking half of the handoff, as a machine that is told what happened and asked what to do.
 //!
-//! The steps are those of [`ownership`](super::ownership). This file has the life of the session; [`pull`] has what
+//! The steps are those of [`ownership`](super::ownership). This file has the life of the session; `pull` has what
 //! travels: installs, BACKGROUND_PULL, demand pulls.
 //!
 //! The destination never decides that it owns the disk: it asks (`Activate`), and only a grant that it has made

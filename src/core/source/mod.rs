@@ -3,8 +3,8 @@
 //! Algorithms 1 and 2), as a machine that is told what happened (`handle_*`) and asked what to do (`poll_action`).
 //!
 //! The steps are those of [`ownership`](super::ownership). This file has the life of the session: connections,
-//! what it is told of the rings, its records and timers. [`link`] has connections and the handshake, [`handoff`] the offer
-//! and how it ends, [`push`] what travels.
+//! what it is told of the rings, its records and timers. `link` has connections and the handshake, `handoff` the offer
+//! and how it ends, `push` what travels.
 //!
 //! The rule that everything hangs on: a `Persist` is answered by `handle_persisted` before anything that depends on
 //! it is said. While a record is being written the session is in a step that ends in "ing"; what comes meanwhile is
