@@ -15,6 +15,10 @@ pub const MAX_QUEUES: u16 = 16;
 pub const DEFAULT_QUEUE_SIZE: u16 = 128;
 /// Largest ring size: QEMU's limit for vhost-user-blk.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// Longest busy-poll: beyond this a sleep costs less than it saves.
+pub const MAX_POLL_US: u32 = 10_000;
+/// CPU numbers of `--queue-cpus` are below this: what an affinity mask of the C library holds.
+pub const MAX_CPUS: u16 = 1024;
 /// Longest serial in bytes (virtio 1.2, 5.2.6: VIRTIO_BLK_ID_BYTES).
 pub const MAX_SERIAL: usize = 20;
 /// Push threshold when nothing else is asked for.
@@ -55,9 +59,10 @@ pub enum FrontendSocket {
 }
 
 /// Use of the host's page cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CacheMode {
-    /// What is best for the medium.
+    /// Direct where the file system says how, else buffered.
+    #[default]
     Auto,
     /// Bypass the page cache.
     Direct,
@@ -98,6 +103,19 @@ pub struct Config {
     pub chunk_size: u32,
     /// Use of the page cache.
     pub cache: CacheMode,
+    /// How the queue threads run.
+    pub queues: QueueTuning,
+}
+
+/// How queue threads run; it changes what they cost, never what they do.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct QueueTuning {
+    /// Pin all guest memory for io_uring (`IORING_REGISTER_BUFFERS`).
+    pub register_memory: bool,
+    /// Longest time, in microseconds, for which an idle queue thread spins before it sleeps; 0 never spins.
+    pub poll_us: u32,
+    /// Queue thread n runs on CPU `cpus[n % cpus.len()]`; anywhere when empty.
+    pub cpus: Vec<u16>,
 }
 
 impl Config {
@@ -120,6 +138,7 @@ impl Config {
             queue_size: DEFAULT_QUEUE_SIZE,
             chunk_size: DEFAULT_CHUNK_SIZE,
             cache: CacheMode::Auto,
+            queues: QueueTuning::default(),
         }
     }
 
@@ -152,12 +171,11 @@ impl Config {
                 "--blk-file adopts a whole image: it cannot be combined with --base".to_owned(),
             ));
         }
-        if self.cache == CacheMode::Direct {
-            return value(
-                "--cache",
-                "direct".to_owned(),
-                "this version serves through the page cache: auto or buffered",
-            );
+        if self.queues.poll_us > MAX_POLL_US {
+            return value("--poll-us", self.queues.poll_us.to_string(), "0 to 10000 microseconds");
+        }
+        if let Some(cpu) = self.queues.cpus.iter().find(|cpu| **cpu >= MAX_CPUS) {
+            return value("--queue-cpus", cpu.to_string(), "CPU numbers below 1024");
         }
         Ok(())
     }

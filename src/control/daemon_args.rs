@@ -9,7 +9,7 @@
 //! A refusal is one line: clap's own come with usage and hints, which a journal or a management tool cuts anyway.
 
 use super::size;
-use crate::config::{CacheMode, Config, ConfigError, FrontendSocket};
+use crate::config::{CacheMode, Config, ConfigError, FrontendSocket, MAX_CPUS, QueueTuning};
 use crate::core::geometry::DEFAULT_CHUNK_SIZE;
 use clap::builder::TypedValueParser;
 use clap::{Parser, ValueEnum};
@@ -87,9 +87,18 @@ struct Args {
     /// Chunk size of a new volume, a power of two from 64K to 4M [default: 256K]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     chunk_size: Option<u64>,
-    /// Use of the host's page cache
+    /// Use of the host's page cache: past it where the file system can (auto), always past it, or through it
     #[arg(long, value_enum, default_value_t = Cache::Auto)]
     cache: Cache,
+    /// Pin all guest memory for io_uring: less CPU for each request, but no ballooning, swapping or merging
+    #[arg(long)]
+    register_memory: bool,
+    /// Longest time that an idle queue thread spins before it sleeps, 0 to 10000 microseconds [default: 0]
+    #[arg(long, value_name = "N")]
+    poll_us: Option<u32>,
+    /// CPUs for the queue threads, in turn (0,2-3) [default: any]
+    #[arg(long, value_name = "LIST", value_parser = parse_cpus)]
+    queue_cpus: Option<CpuList>,
     /// How much to log
     #[arg(long, value_name = "L", default_value = "info", value_parser = level_parser())]
     log_level: LevelFilter,
@@ -103,6 +112,25 @@ enum Cache {
     Auto,
     Direct,
     Buffered,
+}
+
+/// CPU numbers, in the order in which queues take them.
+#[derive(Debug, Clone)]
+struct CpuList(Vec<u16>);
+
+/// Numbers and ranges between commas, as `taskset` takes them.
+fn parse_cpus(text: &str) -> Result<CpuList, String> {
+    let number = |word: &str| word.parse::<u16>().map_err(|_| format!("{word:?} is no CPU number"));
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (number(first)?, number(last)?);
+        if first > last || last >= MAX_CPUS {
+            return Err(format!("{part:?} is no range of CPU numbers below {MAX_CPUS}"));
+        }
+        cpus.extend(first..=last);
+    }
+    Ok(CpuList(cpus))
 }
 
 fn level_parser() -> impl TypedValueParser<Value = LevelFilter> {
@@ -177,6 +205,11 @@ impl Args {
         config.num_queues = self.num_queues.unwrap_or(config.num_queues);
         config.queue_size = self.queue_size.unwrap_or(config.queue_size);
         config.chunk_size = chunk_size(self.chunk_size)?;
+        config.queues = QueueTuning {
+            register_memory: self.register_memory,
+            poll_us: self.poll_us.unwrap_or_default(),
+            cpus: self.queue_cpus.map(|list| list.0).unwrap_or_default(),
+        };
         config.validate()?;
         Ok(config)
     }
@@ -230,7 +263,7 @@ mod tests {
         let config = config(
             "--fd 7 --state-dir /s --base file:///b --size 64G --read-only --serial disk-1 --api-socket /a \
              --listen 127.0.0.1:7000 --tls-dir /t --bandwidth 100M --num-queues 4 --queue-size 256 \
-             --chunk-size 1M --cache buffered --log-level debug",
+             --chunk-size 1M --cache direct --register-memory --poll-us 50 --queue-cpus 3,0-1 --log-level debug",
         );
         assert_eq!(config.socket, FrontendSocket::Fd(7));
         assert_eq!(config.base.as_deref(), Some("file:///b"));
@@ -240,7 +273,8 @@ mod tests {
         assert_eq!(config.listen, Some(SocketAddr::from(([127, 0, 0, 1], 7000))));
         assert_eq!((config.num_queues, config.queue_size, config.chunk_size), (4, 256, 1 << 20));
         assert_eq!((config.api_socket, config.tls_dir), (Some("/a".into()), Some("/t".into())));
-        assert_eq!(config.cache, CacheMode::Buffered);
+        assert_eq!(config.cache, CacheMode::Direct);
+        assert_eq!(config.queues, QueueTuning { register_memory: true, poll_us: 50, cpus: vec![3, 0, 1] });
         let ParsedDaemon::Run { log_level, .. } = parse("--fd 7 --state-dir /s --log-level trace") else {
             panic!("not accepted");
         };
@@ -279,7 +313,10 @@ mod tests {
             ("--fd 3 --state-dir /s --queue-size 100", "--queue-size"),
             ("--fd 3 --state-dir /s --serial abcdefghijklmnopqrstu", "--serial"),
             ("--fd 3 --state-dir /s --base /b --blk-file /f", "--blk-file"),
-            ("--fd 3 --state-dir /s --cache direct", "--cache"),
+            ("--fd 3 --state-dir /s --poll-us 10001", "--poll-us"),
+            ("--fd 3 --state-dir /s --queue-cpus 3-1", "--queue-cpus"),
+            ("--fd 3 --state-dir /s --queue-cpus 0,x", "--queue-cpus"),
+            ("--fd 3 --state-dir /s --queue-cpus 1024", "--queue-cpus"),
             ("--fd 3 --state-dir /s --cache maybe", "--cache"),
             ("--fd 3 --state-dir /s --log-level loud", "--log-level"),
             ("--fd 3 --state-dir /s --listen 7000", "--listen"),

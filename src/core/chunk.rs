@@ -119,6 +119,8 @@ pub struct ChunkView {
 pub enum Route {
     /// Read the layer.
     Layer,
+    /// Read the base image: nothing of the range has been written here. Where it cannot be read in place, fill.
+    Base,
     /// The answer is zeros; no I/O.
     Zeros,
     /// Nothing to do: the chunk already is what the access asks for.
@@ -142,18 +144,21 @@ pub enum Route {
 /// Decides where an access to a part of a chunk goes (virtio request semantics over the states above).
 #[must_use]
 pub fn route(geometry: &Geometry, view: ChunkView, access: Access, span: Span) -> Route {
+    // The common ones first, which need no look at the blocks.
+    if access == Access::Read && matches!(view.state, ChunkState::Local | ChunkState::Modified) {
+        return Route::Layer;
+    }
+    if access == Access::Write && view.state == ChunkState::Modified {
+        return Route::Modify { before: None, claim: BlockMask::EMPTY };
+    }
     let outer = geometry.outer(span);
     let whole = geometry.inner(span) == geometry.full_mask(span.chunk);
     match (access, view.state) {
         (Access::Read, ChunkState::Local | ChunkState::Modified) => Route::Layer,
         (Access::Read, ChunkState::Zero) => Route::Zeros,
-        (Access::Read, ChunkState::Base | ChunkState::Remote) => {
-            if view.mask.contains(outer) {
-                Route::Layer
-            } else {
-                Route::Fill
-            }
-        }
+        (Access::Read, ChunkState::Base | ChunkState::Remote) if view.mask.contains(outer) => Route::Layer,
+        (Access::Read, ChunkState::Base) if !view.mask.intersects(outer) => Route::Base,
+        (Access::Read, ChunkState::Base | ChunkState::Remote) => Route::Fill,
         (Access::Read, ChunkState::Installing) => {
             // Blocks that are valid stay valid while the rest is filled, but a punch drops them all: the
             // table knows which it is, and passes an empty mask for a punch.

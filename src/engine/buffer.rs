@@ -159,6 +159,19 @@ impl IoBuf {
         done
     }
 
+    /// Copies the start of this buffer to the start of `to`; returns how many bytes (the shorter of both).
+    pub fn copy_into(&self, to: &Self) -> usize {
+        // Through the stack: no reference to either may be made.
+        let mut bytes = [0u8; 4096];
+        let total = self.len.min(to.len);
+        for at in (0..total).step_by(bytes.len()) {
+            let len = bytes.len().min(total - at);
+            self.slice(at, len).copy_to(&mut bytes[..len]);
+            to.slice(at, len).copy_from(&bytes[..len]);
+        }
+        total
+    }
+
     /// A copy of all bytes.
     #[must_use]
     pub fn to_vec(&self) -> Vec<u8> {

@@ -6,6 +6,7 @@
 //! kernel is done. `tokio::fs` was rejected: a thread hop for each operation, a pool of threads that may all hang on
 //! one slow disk, and buffers copied.
 
+use super::direct::DirectFile;
 use super::uring::{Ring, Waiter};
 use super::{Completion, Event, FileId, IoBuf, Op};
 use parking_lot::Mutex;
@@ -77,12 +78,12 @@ impl CompanionEngine {
         Ok(Self { shared, driver })
     }
 
-    /// Makes a file known; the engine keeps a duplicate of its descriptor.
+    /// Makes a file known, with its direct twin if it has one; the engine holds both open.
     ///
     /// # Errors
-    /// No descriptor is left.
-    pub fn register_file(&self, file: &File) -> io::Result<FileId> {
-        self.shared.lock().ring.register_file(file)
+    /// The engine knows too many files already.
+    pub fn register_file(&self, file: &File, direct: Option<&DirectFile>) -> io::Result<FileId> {
+        self.shared.lock().ring.register_file(file, direct)
     }
 
     /// Fills `buf` from the file and gives it back.

@@ -18,10 +18,14 @@
 
 mod buffer;
 mod companion;
+mod direct;
+mod fixed;
+mod slot;
 mod uring;
 
 pub use buffer::IoBuf;
 pub use companion::CompanionEngine;
+pub use direct::{DirectAlign, DirectFile};
 pub use uring::UringEngine;
 
 use std::io;
@@ -120,3 +124,6 @@ pub enum Event {
     /// The descriptor that is polled under this key became readable (or failed). It has not been read.
     Ready(u32),
 }
+
+#[cfg(test)]
+mod direct_tests;

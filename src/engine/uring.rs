@@ -14,10 +14,12 @@
 //! Descriptors are polled with multishot `POLL_ADD`, which reports each wake-up and never reads; reading a kick
 //! eventfd would be a system call for each batch, and would make a lost wake-up possible when a poll is armed again.
 
+use super::direct::DirectFile;
+use super::fixed::FixedMemory;
+use super::slot::{Slot, Target};
 use super::{Completion, Event, FileId, IoBuf, Op};
-use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::types::{Fd, Fixed, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
-use libc::iovec;
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
@@ -28,10 +30,11 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-/// Most segments in one system call (`UIO_MAXIOV`); a longer list is carried out in several.
-const MAX_SEGMENTS: usize = 1024;
-/// Most bytes of a single-segment entry, whose length is 32 bits wide; the kernel stops below 2 GiB anyway.
-const MAX_TRANSFER: usize = 1 << 30;
+/// Files that a ring can know: layer and base image, each with a direct twin.
+const MAX_FILES: usize = 8;
+/// Most bytes of aligned memory that stand in for misaligned memory at a time. What needs more waits; one transfer
+/// alone may be larger.
+const MAX_BOUNCE: usize = 32 << 20;
 /// Marks the user data of a poll: `POLL | generation << 32 | key`.
 const POLL: u64 = 1 << 63;
 /// User data of entries whose completion means nothing.
@@ -47,19 +50,6 @@ pub(super) enum Waiter {
     Eventfd,
 }
 
-/// An operation in flight. `iov` is what the kernel reads for a scattered transfer; its heap memory stays where it
-/// is when the table grows.
-#[derive(Default)]
-struct Slot {
-    tag: u64,
-    op: Option<Op>,
-    /// Bytes transferred so far.
-    done: usize,
-    iov: Vec<iovec>,
-    /// The file system cannot zero a range: punch it.
-    punch_instead: bool,
-}
-
 struct Poll {
     fd: OwnedFd,
     generation: u32,
@@ -68,10 +58,15 @@ struct Poll {
 /// The ring and its tables; see the module's header.
 pub(super) struct Ring {
     ring: IoUring,
-    files: Vec<File>,
+    files: Vec<Target>,
+    fixed_files: u32,
+    memory: FixedMemory,
     slots: Vec<Slot>,
     free: Vec<u32>,
     in_flight: u32,
+    /// Bytes of aligned memory in use, and who waits for some.
+    bounced: usize,
+    waiting: VecDeque<u32>,
     backlog: VecDeque<squeue::Entry>,
     ready: VecDeque<Event>,
     polls: HashMap<u32, Poll>,
@@ -113,12 +108,17 @@ impl Ring {
                 "io_uring of Linux 5.11 or newer is needed",
             ));
         }
+        ring.submitter().register_files(&[-1; MAX_FILES])?;
         Ok(Self {
             ring,
             files: Vec::new(),
+            fixed_files: 0,
+            memory: FixedMemory::default(),
             slots: Vec::new(),
             free: Vec::new(),
             in_flight: 0,
+            bounced: 0,
+            waiting: VecDeque::new(),
             backlog: VecDeque::new(),
             ready: VecDeque::new(),
             polls: HashMap::new(),
@@ -135,11 +135,43 @@ impl Ring {
         watched.map_err(|error| error.into_parts().1)
     }
 
-    /// Keeps a duplicate of `file`, so that a closed descriptor's number cannot come to mean another file.
-    pub(super) fn register_file(&mut self, file: &File) -> io::Result<FileId> {
+    /// Puts the file, and its direct twin if there is one, into the ring's table of files, which holds them open.
+    pub(super) fn register_file(&mut self, file: &File, direct: Option<&DirectFile>) -> io::Result<FileId> {
         let id = u32::try_from(self.files.len()).map_err(io::Error::other)?;
-        self.files.push(file.try_clone()?);
+        let plain = self.fix(file)?;
+        let direct =
+            direct.map(|twin| self.fix(twin.file()).map(|fixed| (fixed, twin.align()))).transpose()?;
+        self.files.push(Target { plain, direct });
         Ok(FileId(id))
+    }
+
+    fn fix(&mut self, file: &File) -> io::Result<Fixed> {
+        if self.fixed_files as usize >= MAX_FILES {
+            return Err(io::Error::new(io::ErrorKind::OutOfMemory, "the engine's table of files is full"));
+        }
+        self.ring.submitter().register_files_update(self.fixed_files, &[file.as_raw_fd()])?;
+        self.fixed_files += 1;
+        Ok(Fixed(self.fixed_files - 1))
+    }
+
+    /// Pins this memory instead of what was pinned before; without any, pins nothing. After an error the old memory
+    /// may still be pinned, which keeps its addresses its own, or nothing is.
+    pub(super) fn register_memory(&mut self, memory: Option<IoBuf>) -> io::Result<()> {
+        if !self.memory.is_empty() {
+            // Entries that name the old buffers must have reached the kernel; it keeps what they use.
+            self.flush()?;
+            if !self.ring.submission().is_empty() {
+                return Err(io::ErrorKind::ResourceBusy.into());
+            }
+            self.ring.submitter().unregister_buffers()?;
+            self.memory = FixedMemory::default();
+        }
+        let Some(memory) = memory else { return Ok(()) };
+        let (fixed, list) = FixedMemory::cut(memory);
+        // SAFETY: `fixed` keeps the memory mapped, and lives until it is unregistered here or the ring is gone.
+        unsafe { self.ring.submitter().register_buffers(&list) }?;
+        self.memory = fixed;
+        Ok(())
     }
 
     pub(super) fn in_flight(&self) -> u32 {
@@ -162,17 +194,51 @@ impl Ring {
             self.ready.push_back(Event::Done(Completion { tag, result, op }));
             return;
         };
-        (slot.tag, slot.op, slot.done, slot.punch_instead) = (tag, Some(op), 0, false);
+        slot.fill(tag, op);
         self.in_flight += 1;
-        self.launch(index.unwrap_or_default());
+        self.begin(index.unwrap_or_default());
+    }
+
+    fn target(&self, index: u32) -> Option<Target> {
+        let op = self.slots.get(index as usize)?.op.as_ref()?;
+        self.files.get(op.file().0 as usize).copied()
+    }
+
+    /// Launches a new operation, with aligned memory if it needs some and there is some.
+    fn begin(&mut self, index: u32) {
+        let Some(target) = self.target(index) else { return };
+        let Some(slot) = self.slots.get_mut(index as usize) else { return };
+        let bytes = slot.bounce_bytes(&target);
+        if bytes > 0 {
+            if self.bounced > 0 && self.bounced + bytes > MAX_BOUNCE {
+                return self.waiting.push_back(index);
+            }
+            self.bounced += bytes;
+            slot.bounce(bytes);
+        }
+        self.launch(index);
+    }
+
+    /// Aligned memory has been given back: goes on with who waits for it.
+    fn unbounced(&mut self, bytes: usize) {
+        self.bounced -= bytes;
+        for _ in 0..self.waiting.len() {
+            let before = self.waiting.len();
+            let Some(index) = self.waiting.pop_front() else { return };
+            self.begin(index);
+            if self.waiting.len() == before {
+                // It waits again, now as the last; its turn is the first.
+                self.waiting.rotate_right(1);
+                return;
+            }
+        }
     }
 
     /// Queues the entry for what is left of a slot's operation.
     fn launch(&mut self, index: u32) {
+        let Some(target) = self.target(index) else { return };
         let Some(slot) = self.slots.get_mut(index as usize) else { return };
-        let Some(file) = slot.op.as_ref().and_then(|op| self.files.get(op.file().0 as usize)) else { return };
-        let fd = Fd(file.as_raw_fd());
-        if let Some(entry) = slot.entry(fd) {
+        if let Some(entry) = slot.entry(&target, &self.memory) {
             self.push(entry.user_data(u64::from(index)));
         }
     }
@@ -231,6 +297,10 @@ impl Ring {
         Ok(())
     }
 
+    fn has_news(&mut self) -> bool {
+        !self.ready.is_empty() || self.ring.submission().taskrun() || !self.ring.completion().is_empty()
+    }
+
     pub(super) fn next(&mut self) -> Option<Event> {
         loop {
             if let Some(event) = self.ready.pop_front() {
@@ -239,7 +309,9 @@ impl Ring {
             let entry = self.ring.completion().next()?;
             let data = entry.user_data();
             if data & POLL == 0 {
-                self.settle(data, entry.result());
+                if let Some(event) = self.settle(data, entry.result()) {
+                    return Some(event);
+                }
             } else if data != IGNORE {
                 self.polled(data, &entry);
             }
@@ -247,18 +319,21 @@ impl Ring {
     }
 
     /// Takes note of a completion: the operation is done, or goes on.
-    fn settle(&mut self, data: u64, result: i32) {
-        let Ok(index) = u32::try_from(data) else { return };
-        let Some(slot) = self.slots.get_mut(index as usize) else { return };
-        match slot.progress(result) {
-            None => self.launch(index),
-            Some(result) => {
-                let Some(op) = slot.op.take() else { return };
-                self.ready.push_back(Event::Done(Completion { tag: slot.tag, result, op }));
-                self.free.push(index);
-                self.in_flight -= 1;
-            }
+    fn settle(&mut self, data: u64, result: i32) -> Option<Event> {
+        let index = u32::try_from(data).ok()?;
+        let slot = self.slots.get_mut(index as usize)?;
+        let Some(result) = slot.progress(result) else {
+            self.launch(index);
+            return None;
+        };
+        let (op, bounced) = slot.empty(result.is_ok())?;
+        let tag = slot.tag;
+        self.free.push(index);
+        self.in_flight -= 1;
+        if bounced > 0 {
+            self.unbounced(bounced);
         }
+        Some(Event::Done(Completion { tag, result, op }))
     }
 
     fn polled(&mut self, data: u64, entry: &cqueue::Entry) {
@@ -309,86 +384,6 @@ impl Drop for Ring {
     }
 }
 
-impl Slot {
-    /// The entry for what is left to do; none for a slot that holds no operation.
-    fn entry(&mut self, fd: Fd) -> Option<squeue::Entry> {
-        let allocate = |offset: u64, len: u64, mode: i32| {
-            let mode = mode | libc::FALLOC_FL_KEEP_SIZE;
-            opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
-        };
-        Some(match self.op.as_ref()? {
-            Op::Sync { .. } => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
-            Op::Punch { offset, len, .. } => allocate(*offset, *len, libc::FALLOC_FL_PUNCH_HOLE),
-            Op::ZeroRange { offset, len, .. } if self.punch_instead => {
-                allocate(*offset, *len, libc::FALLOC_FL_PUNCH_HOLE)
-            }
-            Op::ZeroRange { offset, len, .. } => allocate(*offset, *len, libc::FALLOC_FL_ZERO_RANGE),
-            Op::Read { offset, buf, .. } => {
-                let offset = offset.saturating_add(self.done as u64);
-                match rest(&mut self.iov, buf, self.done) {
-                    (start, len, 1) => opcode::Read::new(fd, start, len).offset(offset).build(),
-                    (_, _, count) => opcode::Readv::new(fd, self.iov.as_ptr(), count).offset(offset).build(),
-                }
-            }
-            Op::Write { offset, buf, .. } => {
-                let offset = offset.saturating_add(self.done as u64);
-                match rest(&mut self.iov, buf, self.done) {
-                    (start, len, 1) => opcode::Write::new(fd, start, len).offset(offset).build(),
-                    (_, _, count) => opcode::Writev::new(fd, self.iov.as_ptr(), count).offset(offset).build(),
-                }
-            }
-        })
-    }
-
-    /// What a completion with `result` means: the operation's end, or `None` when it is to be launched again.
-    fn progress(&mut self, result: i32) -> Option<io::Result<()>> {
-        let Ok(count) = usize::try_from(result) else {
-            return match (-result, self.op.as_ref()) {
-                (libc::EINTR | libc::EAGAIN, _) => None,
-                (libc::EOPNOTSUPP, Some(Op::ZeroRange { .. })) if !self.punch_instead => {
-                    self.punch_instead = true;
-                    None
-                }
-                (errno, _) => Some(Err(io::Error::from_raw_os_error(errno))),
-            };
-        };
-        let (len, nothing) = match self.op.as_ref() {
-            Some(Op::Read { buf, .. }) => (buf.len(), io::ErrorKind::UnexpectedEof),
-            Some(Op::Write { buf, .. }) => (buf.len(), io::ErrorKind::WriteZero),
-            _ => return Some(Ok(())),
-        };
-        self.done = self.done.saturating_add(count);
-        if self.done >= len {
-            Some(Ok(()))
-        } else if count == 0 {
-            Some(Err(nothing.into()))
-        } else {
-            None
-        }
-    }
-}
-
-/// Lists in `iov` the segments of `buf` after its first `done` bytes; returns the first one and their number.
-fn rest(iov: &mut Vec<iovec>, buf: &IoBuf, done: usize) -> (*mut u8, u32, u32) {
-    iov.clear();
-    let mut skip = done;
-    for segment in buf.segments() {
-        if skip >= segment.iov_len {
-            skip -= segment.iov_len;
-            continue;
-        }
-        let iov_base = segment.iov_base.cast::<u8>().wrapping_add(skip).cast();
-        iov.push(iovec { iov_base, iov_len: segment.iov_len - skip });
-        skip = 0;
-        if iov.len() == MAX_SEGMENTS {
-            break;
-        }
-    }
-    let Some(first) = iov.first() else { return (std::ptr::null_mut(), 0, 1) };
-    let len = u32::try_from(first.iov_len.min(MAX_TRANSFER)).unwrap_or(0);
-    (first.iov_base.cast(), len, u32::try_from(iov.len()).unwrap_or(1))
-}
-
 fn poll_data(key: u32, generation: u32) -> u64 {
     POLL | u64::from(generation) << 32 | u64::from(key)
 }
@@ -430,12 +425,21 @@ impl UringEngine {
         Ok(Self { ring: Ring::new(entries, Waiter::Submitter)?, here: PhantomData })
     }
 
-    /// Makes a file known; the engine keeps a duplicate of its descriptor.
+    /// Makes a file known, with its direct twin if it has one; the engine holds both open.
     ///
     /// # Errors
-    /// No descriptor is left.
-    pub fn register_file(&mut self, file: &File) -> io::Result<FileId> {
-        self.ring.register_file(file)
+    /// The engine knows too many files already.
+    pub fn register_file(&mut self, file: &File, direct: Option<&DirectFile>) -> io::Result<FileId> {
+        self.ring.register_file(file, direct)
+    }
+
+    /// Pins this memory, so that transfers from and to it cost less, instead of what was pinned before; `None` pins
+    /// nothing. See the limits in [`fixed`](super::fixed).
+    ///
+    /// # Errors
+    /// The kernel's: `RLIMIT_MEMLOCK`, or no memory. Everything works all the same, only not faster.
+    pub fn register_memory(&mut self, memory: Option<IoBuf>) -> io::Result<()> {
+        self.ring.register_memory(memory)
     }
 
     /// Queues an operation; it starts at the next [`enter`](Self::enter). Its [`Completion`] carries `tag`.
@@ -476,6 +480,13 @@ impl UringEngine {
     #[allow(clippy::should_implement_trait, reason = "the caller submits between two events: no iterator")]
     pub fn next(&mut self) -> Option<Event> {
         self.ring.next()
+    }
+
+    /// Whether [`next`](Self::next) has something, or would after an [`enter`](Self::enter) that does not wait. No
+    /// system call.
+    #[must_use]
+    pub fn has_news(&mut self) -> bool {
+        self.ring.has_news()
     }
 
     /// Number of file operations queued or being carried out; polls do not count.

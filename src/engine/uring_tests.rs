@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 fn engine_with_file(entries: u32) -> (UringEngine, File, FileId) {
     let file = tempfile::tempfile().unwrap();
     let mut engine = UringEngine::new(entries).unwrap();
-    let id = engine.register_file(&file).unwrap();
+    let id = engine.register_file(&file, None).unwrap();
     (engine, file, id)
 }
 
@@ -84,7 +84,7 @@ fn a_read_that_the_file_ends_is_an_error_and_never_short() {
 fn errors_of_the_kernel_come_back_with_the_operation() {
     let (mut engine, _, id) = engine_with_file(8);
     let path = tempfile::NamedTempFile::new().unwrap();
-    let read_only = engine.register_file(&File::open(path.path()).unwrap()).unwrap();
+    let read_only = engine.register_file(&File::open(path.path()).unwrap(), None).unwrap();
     engine.submit(1, Op::Write { file: read_only, offset: 0, buf: IoBuf::zeroed(512) });
     engine.submit(2, Op::Sync { file: FileId(99) });
     engine.submit(3, Op::Sync { file: id });
@@ -100,7 +100,7 @@ fn punched_and_zeroed_ranges_read_as_zeros_and_keep_the_length() {
     for path in ["/dev/shm", "/tmp"] {
         let Ok(file) = tempfile::tempfile_in(path) else { continue };
         let mut engine = UringEngine::new(8).unwrap();
-        let id = engine.register_file(&file).unwrap();
+        let id = engine.register_file(&file, None).unwrap();
         file.write_all_at(&pattern(1 << 20, 5), 0).unwrap();
         file.sync_all().unwrap();
         let before = file.metadata().unwrap();

@@ -286,6 +286,18 @@ impl View {
         })
     }
 
+    /// All of guest memory as one buffer, for pinning it.
+    pub(super) fn whole(&self) -> IoBuf {
+        let regions = &self.keep.0.regions;
+        let ranges = regions.iter().filter_map(|region| {
+            let len = usize::try_from(region.info.size).ok()?;
+            Some((std::ptr::with_exposed_provenance_mut(region.host), len))
+        });
+        let keep: Arc<dyn Any + Send + Sync> = Arc::clone(&self.keep) as _;
+        // SAFETY: as in `io_buf`: whole regions are ranges of the mappings that the table in `keep` holds.
+        unsafe { IoBuf::from_raw(ranges, keep) }
+    }
+
     /// A buffer of these ranges, in their order; it keeps the memory mapped.
     ///
     /// # Errors

@@ -18,9 +18,12 @@
 //! While the volume's gate is closed nothing is popped; available work is reported once, because after a reconnect
 //! it is the only proof that the guest runs.
 
+use super::busy_poll::BusyPoll;
+use super::memory::GuestMemory;
 use super::signal::{HypervisorSignal, Signals};
 use super::virtio_blk::Serial;
 use super::virtqueue::{Device, RingSetup, Virtqueue};
+use crate::config::QueueTuning;
 use crate::volume::{Port, PortEvent, Status, Volume, Waker};
 use std::io;
 use std::os::fd::AsFd;
@@ -77,6 +80,8 @@ pub(super) struct RingOptions {
     pub(super) serial: Serial,
     /// Longest wait of a drain for other hosts.
     pub(super) drain_limit: Duration,
+    /// How the thread runs.
+    pub(super) tuning: QueueTuning,
 }
 
 type Mail = (Command, SyncSender<Answer>);
@@ -97,12 +102,15 @@ impl RingHandle {
     /// # Errors
     /// No thread, or no io_uring.
     pub(super) fn spawn(options: RingOptions, volume: &Arc<Volume>, signals: &Signals) -> io::Result<Self> {
-        let RingOptions { index, serial, drain_limit } = options;
+        let RingOptions { index, serial, drain_limit, tuning } = options;
         let (mail, inbox) = channel();
         let generation = Arc::new(AtomicU64::new(0));
         let (ready, made) = sync_channel(1);
         let (volume, signals, shared) = (Arc::clone(volume), signals.clone(), Arc::clone(&generation));
         let thread = std::thread::Builder::new().name(format!("queue-{index}")).spawn(move || {
+            if let Err(error) = pin(index, &tuning.cpus) {
+                return drop(ready.send(Err(error)));
+            }
             let port = match Port::new(Arc::clone(&volume), usize::from(index)) {
                 Ok(port) => port,
                 Err(error) => return drop(ready.send(Err(error))),
@@ -125,6 +133,9 @@ impl RingHandle {
                 drain: None,
                 key: 0,
                 reported: false,
+                register_memory: tuning.register_memory,
+                registered: None,
+                poll: BusyPoll::new(Duration::from_micros(tuning.poll_us.into())),
             }
             .run();
         })?;
@@ -194,6 +205,21 @@ struct QueueThread {
     key: u32,
     /// Work behind the closed gate has been reported.
     reported: bool,
+    /// Guest memory is to be pinned.
+    register_memory: bool,
+    /// The table that is pinned, or could not be.
+    registered: Option<Arc<GuestMemory>>,
+    poll: BusyPoll,
+}
+
+/// Binds this thread to the CPU that is meant for queue `index`.
+fn pin(index: u16, cpus: &[u16]) -> io::Result<()> {
+    let Some(cpu) = cpus.get(usize::from(index) % cpus.len().max(1)) else { return Ok(()) };
+    let mut set = rustix::thread::CpuSet::new();
+    set.set(usize::from(*cpu));
+    rustix::thread::sched_setaffinity(None, &set).map_err(|error| {
+        io::Error::other(format!("cannot run on CPU {cpu}, which --queue-cpus names: {error}"))
+    })
 }
 
 impl QueueThread {
@@ -253,7 +279,27 @@ impl QueueThread {
             // The handler takes it for stopped, and nothing has been popped yet.
             self.queue = None;
         }
+        self.register_memory();
         answer
+    }
+
+    /// Pins the memory of the running ring, if that is wanted and not done.
+    fn register_memory(&mut self) {
+        if !self.register_memory {
+            return;
+        }
+        let wanted = self.queue.as_ref().map(|queue| &queue.setup().memory);
+        if wanted.map(Arc::as_ptr) == self.registered.as_ref().map(Arc::as_ptr) {
+            return;
+        }
+        self.registered = wanted.cloned();
+        let memory = self.queue.as_ref().map(Virtqueue::whole_memory);
+        if let Err(error) = self.port.register_memory(memory) {
+            log::warn!(
+                "queue {}: guest memory is not registered, requests cost more: {error} (is RLIMIT_MEMLOCK too low?)",
+                self.index
+            );
+        }
     }
 
     fn update(&mut self, setup: RingSetup) -> Answer {
@@ -262,6 +308,7 @@ impl QueueThread {
         if let Err(error) = queue.update(setup) {
             return Answer::Failed(error.to_string());
         }
+        self.register_memory();
         let same = match (&old, &new) {
             (Some(old), Some(new)) => Arc::ptr_eq(old, new),
             (old, new) => old.is_none() && new.is_none(),
@@ -361,6 +408,7 @@ impl QueueThread {
         let base = self.queue.as_ref().map_or(0, Virtqueue::base);
         if drain.ends {
             self.queue = None;
+            self.register_memory();
             if let Err(error) = self.port.unpoll(self.key) {
                 log::debug!("queue {}: {error}", self.index);
             }
@@ -373,6 +421,13 @@ impl QueueThread {
     fn sleep(&mut self) -> io::Result<()> {
         let Some(queue) = &mut self.queue else { return self.port.wait(1, None) };
         let live = !self.paused && self.drain.is_none();
+        if live && self.poll.is_on() && self.volume.gate().is_open() {
+            // What was popped is submitted first: nothing comes of it otherwise.
+            self.port.wait(0, None)?;
+            if self.poll.spin(|| queue.has_new() || self.port.has_news()) {
+                return self.port.wait(0, None);
+            }
+        }
         if live && queue.arm() && (self.volume.gate().is_open() || !self.reported) {
             // What was popped is submitted, and what has ended is heard of, however much more comes.
             return self.port.wait(0, None);
@@ -384,6 +439,12 @@ impl QueueThread {
                 self.port.wait(1, Some(left.max(POLL)))
             }
             None if live && queue.setup().kick.is_none() => self.port.wait(1, Some(POLL)),
+            None if self.poll.is_on() => {
+                let begin = Instant::now();
+                let result = self.port.wait(wanted, None);
+                self.poll.slept(begin.elapsed());
+                result
+            }
             None => self.port.wait(wanted, None),
         }
     }

@@ -14,7 +14,7 @@ use super::memory::adopt_fd;
 use super::ring::{DRAIN_LIMIT, RingHandle, RingOptions};
 use super::signal::{Envelope, HoldTimes, Signals};
 use super::virtio_blk::Serial;
-use crate::config::{Config, FrontendSocket};
+use crate::config::{Config, FrontendSocket, QueueTuning};
 use crate::volume::Volume;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
 use rustix::net::RecvFlags;
@@ -77,6 +77,8 @@ pub struct Options {
     pub reconnect: bool,
     /// Longest time for which a drain waits for requests that need another host; then they fail.
     pub drain_limit: Duration,
+    /// How the queue threads run.
+    pub tuning: QueueTuning,
 }
 
 impl Options {
@@ -90,6 +92,7 @@ impl Options {
             serial: config.serial.clone(),
             reconnect,
             drain_limit: DRAIN_LIMIT,
+            tuning: config.queues.clone(),
         }
     }
 }
@@ -150,8 +153,12 @@ impl Frontend {
         let serial = Serial::default();
         serial.set(&options.serial);
         let spawn = |index| {
-            let ring_options =
-                RingOptions { index, serial: serial.clone(), drain_limit: options.drain_limit };
+            let ring_options = RingOptions {
+                index,
+                serial: serial.clone(),
+                drain_limit: options.drain_limit,
+                tuning: options.tuning.clone(),
+            };
             let ring = RingHandle::spawn(ring_options, &volume, &signals);
             ring.map_err(|error| FrontendError::Queue(index, error))
         };

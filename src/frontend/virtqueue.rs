@@ -161,6 +161,11 @@ impl Virtqueue {
         Ok(())
     }
 
+    /// All of guest memory, for pinning it.
+    pub(super) fn whole_memory(&self) -> IoBuf {
+        self.view.whole()
+    }
+
     /// What the front-end said last.
     pub(super) fn setup(&self) -> &RingSetup {
         &self.setup

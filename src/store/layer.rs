@@ -6,6 +6,8 @@
 //! needed (`Zero` is one), so a file system that cannot punch them is refused at once and not at the first discard.
 
 use super::error::StoreError;
+use crate::config::CacheMode;
+use crate::engine::DirectFile;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -18,6 +20,7 @@ pub(super) const NAME: &str = "layer";
 #[derive(Debug)]
 pub struct Layer {
     file: File,
+    direct: Option<DirectFile>,
     path: PathBuf,
     size: u64,
     adopted: bool,
@@ -32,7 +35,7 @@ impl Layer {
     }
 
     /// Opens a layer that must have `size` bytes.
-    pub(super) fn open(path: &Path, size: u64, adopted: bool) -> Result<Self, StoreError> {
+    pub(super) fn open(path: &Path, size: u64, adopted: bool, cache: CacheMode) -> Result<Self, StoreError> {
         let file =
             OpenOptions::new().read(true).write(true).open(path).map_err(StoreError::io("open", path))?;
         let metadata = file.metadata().map_err(StoreError::io("examine", path))?;
@@ -47,7 +50,8 @@ impl Layer {
         if adopted && flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             return Err(refuse("another daemon uses this image".to_owned()));
         }
-        let layer = Self { file, path: path.to_owned(), size, adopted };
+        let direct = open_direct(path, true, cache)?;
+        let layer = Self { file, direct, path: path.to_owned(), size, adopted };
         // Past the end: this asks whether holes are possible and changes nothing.
         layer
             .punch(size, 4096)
@@ -69,6 +73,12 @@ impl Layer {
     #[must_use]
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// The same file past the page cache, where that is asked for and possible.
+    #[must_use]
+    pub fn direct(&self) -> Option<&DirectFile> {
+        self.direct.as_ref()
     }
 
     /// Where the file is.
@@ -110,4 +120,23 @@ impl Layer {
     pub fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
+}
+
+/// The direct twin of a file, as the cache mode wants it.
+pub(super) fn open_direct(
+    path: &Path,
+    writable: bool,
+    cache: CacheMode,
+) -> Result<Option<DirectFile>, StoreError> {
+    if cache == CacheMode::Buffered {
+        return Ok(None);
+    }
+    let asked_for = cache == CacheMode::Direct;
+    let direct =
+        DirectFile::open(path, writable, asked_for).map_err(StoreError::io("open for direct I/O", path))?;
+    if asked_for && direct.is_none() {
+        let detail = "its file system has no direct I/O with units up to 4096 bytes; leave --cache at auto";
+        return Err(StoreError::Layer { path: path.to_owned(), detail: detail.to_owned() });
+    }
+    Ok(direct)
 }

@@ -32,7 +32,7 @@ mod runs;
 mod state_dir;
 mod superblock;
 
-pub use base::{BaseError, BaseImage, BoxFuture};
+pub use base::{BaseError, BaseImage, BoxFuture, LocalFile};
 pub use error::StoreError;
 pub use layer::Layer;
 pub use map::{ChunkMap, ROTATE_AT, Recovered};
@@ -42,7 +42,7 @@ pub use runs::{Run, Transition};
 pub use state_dir::StateDir;
 pub use superblock::Superblock;
 
-use crate::config::Config;
+use crate::config::{CacheMode, Config};
 use crate::core::chunk::ChunkState;
 use crate::core::geometry::{DEFAULT_CHUNK_SIZE, Geometry, SECTOR};
 use crate::core::message::{BaseIdentity, Epoch, VolumeId};
@@ -83,6 +83,8 @@ pub struct StoreParams {
     pub blk_file: Option<PathBuf>,
     /// What GET_ID answers; for a new volume only.
     pub serial: String,
+    /// Use of the page cache.
+    pub cache: CacheMode,
 }
 
 impl From<&Config> for StoreParams {
@@ -95,6 +97,7 @@ impl From<&Config> for StoreParams {
             chunk_size: (config.chunk_size != DEFAULT_CHUNK_SIZE).then_some(config.chunk_size),
             blk_file: config.blk_file.clone(),
             serial: config.serial.clone(),
+            cache: config.cache,
         }
     }
 }
@@ -163,7 +166,7 @@ impl Store {
         let geometry = superblock.geometry()?;
         let adopted = superblock.layer_path.is_some();
         let path = superblock.layer_path.clone().unwrap_or_else(|| state.path().join(layer::NAME));
-        let layer = Layer::open(&path, geometry.size(), adopted)?;
+        let layer = Layer::open(&path, geometry.size(), adopted, params.cache)?;
         let owner = map::Owner { store: superblock.store, boot, chunks: geometry.chunk_count() };
         let (map, recovered) =
             ChunkMap::open(state.folder(), owner, |found| settle(&layer, &geometry, found))?;
@@ -301,7 +304,7 @@ fn find_base(
     let Some(url) = params.base.as_ref().or(found.base_url.as_ref()) else {
         return refuse(identity_text(&found.base), "none".to_owned(), "say with --base where it is");
     };
-    let base = base::open(url)?;
+    let base = base::open(url, params.cache)?;
     if *base.identity() != found.base {
         let asked = format!("{url} ({})", identity_text(base.identity()));
         let hint = "give the image that the volume was made on, unchanged";
@@ -325,7 +328,7 @@ fn create(
     params: &StoreParams,
     boot: BootId,
 ) -> Result<(Superblock, Option<Arc<dyn BaseImage>>), StoreError> {
-    let base = params.base.as_deref().map(base::open).transpose()?;
+    let base = params.base.as_deref().map(|url| base::open(url, params.cache)).transpose()?;
     let layer_path = params.blk_file.as_deref().map(absolute).transpose()?;
     let length = base.as_ref().map_or(0, |base| base.len());
     let size = match (&layer_path, params.size, length) {

@@ -14,7 +14,9 @@
 //! if something was noted since the last commit. A disk whose chunks are all `Modified` never pays it. Handing it
 //! to another thread was rejected: two hops for what a steady guest does once a chunk.
 //!
-//! Pieces and requests are bounded by what the guest has put into its rings (see `waiters`).
+//! Requests are bounded by what the guest has put into its rings (see `waiters`). A request may be hundreds of MiB
+//! long, and there may be a thousand of them, so a request has at most [`WINDOW`] pieces at a time; the next one begins
+//! when one ends.
 
 mod pieces;
 mod slab;
@@ -37,6 +39,8 @@ use std::time::Duration;
 
 /// Disk operations that the ring takes at a time; more are queued in the engine.
 const RING_ENTRIES: u32 = 512;
+/// Most pieces of one request that have begun and not ended: enough to keep a disk busy with one request.
+const WINDOW: u32 = 16;
 /// The key of the port's own eventfd.
 const OWN_KEY: u32 = u32::MAX;
 
@@ -64,9 +68,15 @@ pub enum PortEvent {
 struct Active {
     token: Token,
     op: RequestOp,
+    offset: u64,
     buf: Option<IoBuf>,
     len: u64,
+    /// Bytes from the start of which pieces have been made.
+    cut: u64,
+    /// Pieces that have begun and not ended.
     pieces_left: u32,
+    /// Pieces are being made: one that ends at once leaves the next to who makes them.
+    cutting: bool,
     status: Status,
     /// Journal position to commit once the layer has been synced.
     position: u64,
@@ -87,7 +97,7 @@ struct Piece {
 enum Step {
     /// Waits for its chunk; a wake-up begins it again.
     Parked,
-    /// Reads the layer.
+    /// Reads the layer or the base image.
     Reading,
     /// Writes the layer or zeroes a range in it; counted as a write.
     Writing { claim: BlockMask },
@@ -100,6 +110,8 @@ pub struct Port {
     volume: Arc<Volume>,
     engine: UringEngine,
     file: FileId,
+    /// The base image, where it can be read in place.
+    base: Option<FileId>,
     waker: Arc<Waker>,
     requests: Slab<Active>,
     pieces: Slab<Piece>,
@@ -128,7 +140,9 @@ impl Port {
     /// No io_uring, or no descriptor left.
     pub fn new(volume: Arc<Volume>, queue_index: usize) -> io::Result<Self> {
         let mut engine = UringEngine::new(RING_ENTRIES)?;
-        let file = engine.register_file(volume.layer_file())?;
+        let file = engine.register_file(volume.layer().file(), volume.layer().direct())?;
+        let base =
+            volume.local_base().map(|base| engine.register_file(base.file, base.direct)).transpose()?;
         let waker = Arc::new(Waker::new()?);
         engine.poll_fd(waker.as_fd(), OWN_KEY)?;
         volume.ports().add(&waker);
@@ -137,6 +151,7 @@ impl Port {
             volume,
             engine,
             file,
+            base,
             waker,
             requests: Slab::new(),
             pieces: Slab::new(),
@@ -175,6 +190,20 @@ impl Port {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "this poll key is the port's own"));
         }
         self.engine.poll_fd(fd, key)
+    }
+
+    /// Pins guest memory, so that requests that use it cost less; `None` pins none.
+    ///
+    /// # Errors
+    /// The kernel's; requests then work as before.
+    pub fn register_memory(&mut self, memory: Option<IoBuf>) -> io::Result<()> {
+        self.engine.register_memory(memory)
+    }
+
+    /// Whether something has happened that [`wait`](Self::wait) would report at once; no system call.
+    #[must_use]
+    pub fn has_news(&mut self) -> bool {
+        !self.out.is_empty() || self.waker.is_ringing() || self.engine.has_news()
     }
 
     /// Stops the reports under a key.

@@ -99,6 +99,8 @@ pub(super) struct Look {
 pub(super) enum Begun {
     /// Read the layer.
     Layer,
+    /// Read the base image's file.
+    Base,
     /// The answer is zeros.
     Zeros,
     /// Nothing is to be done.
@@ -172,6 +174,8 @@ pub(super) struct Table {
     geometry: Geometry,
     /// Chunks from this one on have nothing of a base image under them.
     based: u32,
+    /// So many bytes of the base image can be read in place.
+    in_place: u64,
     words: Box<[AtomicU64]>,
     shards: Box<[Mutex<Shard>]>,
     notes: Arc<dyn Notes>,
@@ -189,10 +193,17 @@ impl Table {
         Self {
             geometry,
             based,
+            in_place: 0,
             words: zeroed(geometry.chunk_count() as usize),
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             notes,
         }
+    }
+
+    /// The first `len` bytes of the base image can be read where they are: reads of what has not been written need
+    /// no copy in the layer.
+    pub(super) fn with_base_in_place(self, len: u64) -> Self {
+        Self { in_place: len, ..self }
     }
 
     /// Sets a chunk as recovery found it; for the time before anybody else has the table.
@@ -230,11 +241,18 @@ impl Table {
     }
 
     fn route(&self, view: ChunkView, access: Access, span: Span) -> Route {
-        if self.has_base(span.chunk) {
-            chunk::route(&self.geometry, view, access, span)
-        } else {
-            chunk::route_without_base(&self.geometry, view, access, span)
+        if !self.has_base(span.chunk) {
+            return chunk::route_without_base(&self.geometry, view, access, span);
         }
+        match chunk::route(&self.geometry, view, access, span) {
+            Route::Base if !self.is_in_place(span) => Route::Fill,
+            route => route,
+        }
+    }
+
+    fn is_in_place(&self, span: Span) -> bool {
+        let end = self.geometry.chunk_start(span.chunk) + u64::from(span.start) + u64::from(span.len);
+        end <= self.in_place
     }
 
     /// Routes an access and, where it can go on, enters it.
@@ -253,6 +271,7 @@ impl Table {
             let view = ChunkView { state: state_of(seen), mask: BlockMask::EMPTY };
             match self.route(view, access, span) {
                 Route::Layer => return Ok(Begun::Layer),
+                Route::Base => return Ok(Begun::Base),
                 Route::Zeros => return Ok(Begun::Zeros),
                 Route::Done => return Ok(Begun::Done),
                 Route::Modify { before: None, claim } => {
@@ -275,6 +294,7 @@ impl Table {
         let waiter = || Waiter::Piece(Arc::clone(seat.waker), seat.piece);
         let fill = match self.route(view, access, span) {
             Route::Layer => return Ok(Begun::Layer),
+            Route::Base => return Ok(Begun::Base),
             Route::Zeros => return Ok(Begun::Zeros),
             Route::Done => return Ok(Begun::Done),
             Route::Punch => {

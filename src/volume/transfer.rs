@@ -117,7 +117,7 @@ impl Transfer {
     /// # Errors
     /// No descriptor is left.
     pub fn new(volume: Arc<Volume>, engine: CompanionEngine) -> io::Result<Self> {
-        let file = engine.register_file(volume.layer_file())?;
+        let file = engine.register_file(volume.layer().file(), volume.layer().direct())?;
         Ok(Self { volume, engine, file })
     }
 

@@ -184,7 +184,8 @@ fn t13_zeros_travel_as_metadata_and_only_whole() {
     let zeroed = capture(&daemon, ChunkId(2)).unwrap();
     assert_eq!((zeroed.body, zeroed.clean), (Body::Zero, true));
     // Content of the base image never travels, fetched or not; nor is it modified.
-    daemon.read_now(3 * u64::from(CHUNK), 512);
+    daemon.fetch(ChunkId(3));
+    daemon.settle();
     assert_eq!(daemon.volume.state(ChunkId(3)), Some(ChunkState::Local));
     for chunk in [ChunkId(3), ChunkId(4)] {
         assert!(matches!(capture(&daemon, chunk), Err(TransferError::NotModified(_))));

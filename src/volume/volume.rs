@@ -12,9 +12,8 @@ use super::tracker::{DirtyCallback, Tracker};
 use crate::core::chunk::ChunkState;
 use crate::core::geometry::{ChunkId, Geometry, Span};
 use crate::core::message::Version;
-use crate::store::{ChunkMap, Store, Transition};
+use crate::store::{ChunkMap, Layer, LocalFile, Store, Transition};
 use parking_lot::Mutex;
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -123,7 +122,9 @@ impl Volume {
         let base_len = store.base.as_ref().map_or(0, |base| base.len());
         let based = u32::try_from(base_len.div_ceil(u64::from(geometry.chunk_size()))).unwrap_or(u32::MAX);
         let store = Arc::new(store);
-        let table = Arc::new(Table::new(geometry, based, Arc::new(Journal(Arc::clone(&store)))));
+        let in_place = store.base.as_ref().filter(|base| base.local().is_some()).map_or(0, |base| base.len());
+        let table = Table::new(geometry, based, Arc::new(Journal(Arc::clone(&store))));
+        let table = Arc::new(table.with_base_in_place(in_place));
         store.recovered.iter().for_each(|transition| table.restore(&transition));
         super::recovery::make_holes(&store, &table, geometry)?;
         let (events, receiver) = mpsc::unbounded_channel();
@@ -289,8 +290,13 @@ impl Volume {
         &self.store.map
     }
 
-    pub(super) fn layer_file(&self) -> &File {
-        self.store.layer.file()
+    pub(super) fn layer(&self) -> &Layer {
+        &self.store.layer
+    }
+
+    /// The base image's file, where it can be read in place.
+    pub(super) fn local_base(&self) -> Option<LocalFile<'_>> {
+        self.store.base.as_ref().and_then(|base| base.local())
     }
 
     /// Where a span is in the layer: at the same place as in the volume.

@@ -164,7 +164,7 @@ impl World {
                 self.sides[side].volume.chunk_mut(chunk).claimants += 1;
                 self.job(side, 1, Job::PunchStart(id));
             }
-            Route::Fill => self.wait_for_fill(side, id, chunk, c.state),
+            Route::Fill | Route::Base => self.wait_for_fill(side, id, chunk, c.state),
             Route::Wait => self.set(id, Phase::Parked),
         }
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The back-end under test, and a stand-in for the node that answers its signals.
 
-use blkferry::config::FrontendSocket;
+use blkferry::config::{FrontendSocket, QueueTuning};
 use blkferry::frontend::server::{Frontend, Options};
 use blkferry::frontend::signal::{Envelope, HypervisorSignal, Verdict};
 use blkferry::store::{Store, StoreParams};
@@ -86,6 +86,7 @@ impl Rig {
             serial: "test-serial".to_owned(),
             reconnect,
             drain_limit: self.drain_limit,
+            tuning: QueueTuning::default(),
         };
         let (volume, seen) = (Arc::clone(&self.volume), Arc::clone(&self.signals));
         self.frontend = Some(Frontend::spawn(&options, Arc::clone(&self.volume), sender).unwrap());

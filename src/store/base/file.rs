@@ -14,8 +14,10 @@
 //! Reads run on tokio's blocking threads: a base image may lie on a network file system that blocks for long, and must
 //! then not hold up the companion thread.
 
-use super::{BaseError, BaseImage, BoxFuture};
+use super::{BaseError, BaseImage, BoxFuture, LocalFile};
+use crate::config::CacheMode;
 use crate::core::message::BaseIdentity;
+use crate::engine::DirectFile;
 use bytes::Bytes;
 use std::fs::File;
 use std::io;
@@ -32,6 +34,7 @@ const PIECES: u64 = 64;
 #[derive(Debug)]
 pub struct FileBase {
     file: Arc<File>,
+    direct: Option<DirectFile>,
     path: PathBuf,
     identity: BaseIdentity,
 }
@@ -41,7 +44,7 @@ impl FileBase {
     ///
     /// # Errors
     /// [`BaseError`] with the file's name.
-    pub fn open(path: PathBuf) -> Result<Self, BaseError> {
+    pub fn open(path: PathBuf, cache: CacheMode) -> Result<Self, BaseError> {
         let read = || {
             let file = File::open(&path)?;
             let metadata = file.metadata()?;
@@ -56,7 +59,12 @@ impl FileBase {
             Err(source) => Err(BaseError::Io { path, source }),
             Ok((_, false, _)) => Err(BaseError::Unusable { path, what: "not a regular file" }),
             Ok((_, true, None)) => Err(BaseError::Unusable { path, what: "empty" }),
-            Ok((file, true, Some(identity))) => Ok(Self { file: Arc::new(file), path, identity }),
+            Ok((file, true, Some(identity))) => {
+                // Whether it is possible is the image's file system's affair: the layer's may differ.
+                let direct = (cache != CacheMode::Buffered).then(|| DirectFile::open(&path, false, false));
+                let direct = direct.and_then(Result::ok).flatten();
+                Ok(Self { file: Arc::new(file), direct, path, identity })
+            }
         }
     }
 }
@@ -104,6 +112,10 @@ impl BaseImage for FileBase {
         })
     }
 
+    fn local(&self) -> Option<LocalFile<'_>> {
+        Some(LocalFile { file: &self.file, direct: self.direct.as_ref() })
+    }
+
     fn describe(&self) -> String {
         format!("raw file {} of {} bytes", self.path.display(), self.identity.length)
     }
@@ -120,7 +132,7 @@ mod tests {
         let file = File::options().create(true).truncate(true).write(true).open(&path).unwrap();
         file.set_len(len).unwrap();
         change(&file);
-        open(path.to_str().unwrap()).unwrap()
+        open(path.to_str().unwrap(), CacheMode::Auto).unwrap()
     }
 
     #[tokio::test]
@@ -157,16 +169,16 @@ mod tests {
     fn other_schemes_and_non_files_are_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
         for url in ["http://host/x", "https://host/x", "s3://bucket/key"] {
-            let error = open(url).unwrap_err().to_string();
+            let error = open(url, CacheMode::Auto).unwrap_err().to_string();
             assert!(error.contains(url) && error.contains("not available in this version"), "{error}");
         }
         assert!(matches!(
-            open(dir.path().to_str().unwrap()),
+            open(dir.path().to_str().unwrap(), CacheMode::Auto),
             Err(BaseError::Unusable { .. } | BaseError::Io { .. })
         ));
         let missing = dir.path().join("missing");
-        assert!(matches!(open(missing.to_str().unwrap()), Err(BaseError::Io { .. })));
+        assert!(matches!(open(missing.to_str().unwrap(), CacheMode::Auto), Err(BaseError::Io { .. })));
         image(dir.path(), "g", 512, |_| {});
-        assert!(open(&format!("file://{}", dir.path().join("g").display())).is_ok());
+        assert!(open(&format!("file://{}", dir.path().join("g").display()), CacheMode::Auto).is_ok());
     }
 }

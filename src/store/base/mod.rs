@@ -9,8 +9,11 @@
 
 pub mod file;
 
+use crate::config::CacheMode;
 use crate::core::message::BaseIdentity;
+use crate::engine::DirectFile;
 use bytes::Bytes;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -71,8 +74,22 @@ pub trait BaseImage: Send + Sync {
     /// That of the medium. The image has not changed in length, or this is `UnexpectedEof`.
     fn read(&self, offset: u64, len: usize) -> BoxFuture<'_, io::Result<Bytes>>;
 
+    /// The image as a file of this host, if it is one: whoever reads it itself needs no copy and no other thread.
+    fn local(&self) -> Option<LocalFile<'_>> {
+        None
+    }
+
     /// The image in words, for logs and status.
     fn describe(&self) -> String;
+}
+
+/// A base image in a file of this host; it has [`BaseImage::len`] bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct LocalFile<'a> {
+    /// Its descriptor.
+    pub file: &'a File,
+    /// The same past the page cache.
+    pub direct: Option<&'a DirectFile>,
 }
 
 impl std::fmt::Debug for dyn BaseImage {
@@ -82,11 +99,12 @@ impl std::fmt::Debug for dyn BaseImage {
 }
 
 /// Opens the image that a path or URL names. Reads the sample of its identity (at most 6 MiB, or 16 MiB of a small
-/// image) in this thread.
+/// image) in this thread. A local file is opened past the page cache too if the mode allows it and the file system
+/// can.
 ///
 /// # Errors
 /// [`BaseError`]: a scheme of another version, or the file's.
-pub fn open(url: &str) -> Result<Arc<dyn BaseImage>, BaseError> {
+pub fn open(url: &str, cache: CacheMode) -> Result<Arc<dyn BaseImage>, BaseError> {
     let path = match url.split_once("://") {
         Some(("file", path)) => path,
         Some((scheme, _)) if scheme.bytes().all(|b| b.is_ascii_alphanumeric()) => {
@@ -94,5 +112,5 @@ pub fn open(url: &str) -> Result<Arc<dyn BaseImage>, BaseError> {
         }
         _ => url,
     };
-    Ok(Arc::new(file::FileBase::open(PathBuf::from(path))?))
+    Ok(Arc::new(file::FileBase::open(PathBuf::from(path), cache)?))
 }

@@ -6,7 +6,7 @@
 
 use super::{
     Active, BlockMask, Claim, Exclusive, FLAG, IoBuf, Op, Piece, Port, Request, RequestOp, Seat, Span,
-    Status, Step, VolumeEvent,
+    Status, Step, VolumeEvent, WINDOW,
 };
 use crate::core::chunk::{Access, ChunkState};
 use crate::core::geometry::ChunkId;
@@ -37,9 +37,8 @@ impl Port {
     /// Begins a request; the gate is open.
     pub(super) fn start(&mut self, request: Request) {
         let Request { op, offset, len, buf, token } = request;
-        let spans = self.volume.geometry().spans(offset, len);
-        // One piece more than there are, until all have begun: pieces may be done at once.
-        let active = Active { token, op, buf, len, pieces_left: 1, status: Status::Ok, position: 0 };
+        let (cut, pieces_left, cutting, status, position) = (0, 0, false, Status::Ok, 0);
+        let active = Active { token, op, offset, buf, len, cut, pieces_left, cutting, status, position };
         let key = self.requests.insert(active);
         if op == RequestOp::Flush {
             if self.volume.flush_gate().is_open() {
@@ -49,16 +48,35 @@ impl Port {
             }
             return;
         }
-        let mut at = 0;
-        for span in spans {
-            if let Some(active) = self.requests.get_mut(key) {
-                active.pieces_left += 1;
+        self.cut_on(key);
+    }
+
+    /// Makes pieces of a request as far as its window allows; a request that has failed gets no more. Ends the
+    /// request when there is no piece left.
+    fn cut_on(&mut self, key: u64) {
+        loop {
+            let Some(active) = self.requests.get_mut(key) else { return };
+            if active.status != Status::Ok {
+                active.cut = active.len;
             }
+            active.cutting = active.cut < active.len && active.pieces_left < WINDOW;
+            if !active.cutting {
+                break;
+            }
+            let rest = (active.offset + active.cut, active.len - active.cut);
+            let Some(span) = self.volume.geometry().spans(rest.0, rest.1).next() else {
+                // The volume has become smaller, which no volume does.
+                active.status = Status::IoError;
+                continue;
+            };
+            // A request is bounded by guest memory that it names, far below what an address can hold.
+            let at = usize::try_from(active.cut).unwrap_or(usize::MAX);
+            active.cut += u64::from(span.len);
+            active.pieces_left += 1;
             let piece = self.pieces.insert(Piece { request: key, span, at, step: Step::Parked });
-            at += span.len as usize;
             self.begin(piece);
         }
-        self.one_less(key, Status::Ok);
+        self.end_if_done(key);
     }
 
     /// Routes a piece and does what the route says.
@@ -74,6 +92,13 @@ impl Port {
                 piece.step = Step::Reading;
                 let offset = self.volume.offset(span);
                 self.engine.submit(key, Op::Read { file: self.file, offset, buf });
+            }
+            Ok(Begun::Base) => {
+                let buf = Self::cut(active.buf.as_ref(), at, span);
+                piece.step = Step::Reading;
+                // The table says so only where there is a file.
+                let (file, offset) = (self.base.unwrap_or(self.file), self.volume.offset(span));
+                self.engine.submit(key, Op::Read { file, offset, buf });
             }
             Ok(Begun::Write { claim }) => {
                 piece.step = Step::Writing { claim };
@@ -262,7 +287,15 @@ impl Port {
             active.status = status;
         }
         active.pieces_left = active.pieces_left.saturating_sub(1);
-        if active.pieces_left > 0 {
+        if !active.cutting {
+            self.cut_on(request);
+        }
+    }
+
+    /// Completes a request of which no piece is left; a stable one first makes its changes durable.
+    fn end_if_done(&mut self, request: u64) {
+        let Some(active) = self.requests.get_mut(request) else { return };
+        if active.pieces_left > 0 || active.cut < active.len {
             return;
         }
         let changes = matches!(active.op, RequestOp::Write | RequestOp::Zero { .. });

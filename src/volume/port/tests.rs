@@ -376,3 +376,57 @@ fn a_bell_is_heard_by_a_sleeping_queue() {
     }
     ringer.join().unwrap();
 }
+
+#[test]
+fn what_nobody_has_written_is_read_from_the_base_image_and_not_copied() {
+    use std::os::unix::fs::MetadataExt;
+    let base: Vec<u8> = fill((0..3 * CHUNK as usize / SECTOR).map(based));
+    // The image ends inside the third chunk, not at a page.
+    let end = 2 * CHUNK as usize + 7 * SECTOR;
+    let disk = Disk::new(4 * u64::from(CHUNK), Some(base[..end].to_vec()));
+    let mut daemon = disk.open();
+    assert!(daemon.read_now(0, 2 * CHUNK as usize) == base[..2 * CHUNK as usize]);
+    assert!(
+        daemon.read_now(u64::from(CHUNK) - 512, 1024) == base[CHUNK as usize - 512..CHUNK as usize + 512]
+    );
+    for chunk in 0..2 {
+        assert_eq!(daemon.volume.state(ChunkId(chunk)), Some(ChunkState::Base));
+    }
+    assert_eq!(std::fs::metadata(disk.layer()).unwrap().blocks(), 0, "nothing is copied");
+    // A block that was written is read from the layer, its neighbours from the image, both together after a fill.
+    daemon.write_now(4096, &[9; 4096]);
+    assert!(daemon.read_now(4096, 4096) == [9; 4096]);
+    assert!(daemon.read_now(8192, 4096) == base[8192..12288]);
+    assert_eq!(daemon.volume.state(ChunkId(0)), Some(ChunkState::Base));
+    let mut expected = base[..CHUNK as usize].to_vec();
+    expected[4096..8192].fill(9);
+    assert!(daemon.read_now(0, CHUNK as usize) == expected);
+    // Across the end of the image, and past it.
+    let mut tail = base[end - 1024..end].to_vec();
+    tail.resize(4096, 0);
+    assert!(daemon.read_now((end - 1024) as u64, 4096) == tail);
+    assert!(daemon.read_now(3 * u64::from(CHUNK), 4096) == [0; 4096]);
+}
+
+#[test]
+fn a_long_request_has_few_pieces_at_a_time() {
+    const CHUNKS: u64 = 200;
+    let disk = Disk::new(CHUNKS * u64::from(CHUNK), None);
+    let mut daemon = disk.open();
+    let len = (CHUNKS * u64::from(CHUNK)) as usize;
+    let content = fill((0..len / SECTOR).map(|n| n as u32));
+    daemon.write(0, &content);
+    let mut most = daemon.port.pieces.len();
+    while daemon.port.outstanding() > 0 {
+        for (_, status) in daemon.turn() {
+            assert_eq!(status, Status::Ok);
+        }
+        most = most.max(daemon.port.pieces.len());
+    }
+    assert_eq!(most, super::WINDOW as usize);
+    assert!(daemon.read_now(0, len) == content);
+    daemon.zero(0, len as u64, true);
+    daemon.settle();
+    // All pieces of this one end at once, without the disk.
+    assert!(daemon.read_now(0, len).iter().all(|byte| *byte == 0));
+}
