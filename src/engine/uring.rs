@@ -13,6 +13,9 @@
 //!
 //! Descriptors are polled with multishot `POLL_ADD`, which reports each wake-up and never reads; reading a kick
 //! eventfd would be a system call for each batch, and would make a lost wake-up possible when a poll is armed again.
+//! A kick must not wait for the completions that a thread sleeps for: new requests would reach the disk only when old
+//! ones have left it. `enter` cannot wait for "one kick or eight completions", so a kick descriptor is polled several
+//! times over, and one kick makes as many completions.
 
 use super::direct::DirectFile;
 use super::fixed::FixedMemory;
@@ -24,6 +27,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 use tokio::io::Interest;
@@ -40,6 +44,8 @@ const POLL: u64 = 1 << 63;
 /// User data of entries whose completion means nothing.
 const IGNORE: u64 = u64::MAX;
 const GENERATIONS: u32 = (1 << 31) - 1;
+/// Most completions that a wake-up of a polled descriptor counts for.
+const MAX_WEIGHT: u32 = 64;
 
 /// Who waits for the ring's completions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,7 +58,8 @@ pub(super) enum Waiter {
 
 struct Poll {
     fd: OwnedFd,
-    generation: u32,
+    /// Generations of its entries in the kernel.
+    generations: Range<u32>,
 }
 
 /// The ring and its tables; see the module's header.
@@ -339,7 +346,8 @@ impl Ring {
     fn polled(&mut self, data: u64, entry: &cqueue::Entry) {
         let Ok(key) = u32::try_from(data & u64::from(u32::MAX)) else { return };
         // A completion of a poll that has been taken back says nothing about its successor.
-        let Some(poll) = self.polls.get(&key).filter(|poll| poll_data(key, poll.generation) == data) else {
+        let generation = u32::try_from(data >> 32 & u64::from(GENERATIONS)).unwrap_or(u32::MAX);
+        let Some(poll) = self.polls.get(&key).filter(|poll| poll.generations.contains(&generation)) else {
             return;
         };
         self.ready.push_back(Event::Ready(key));
@@ -351,20 +359,27 @@ impl Ring {
         }
     }
 
-    fn poll_fd(&mut self, fd: BorrowedFd<'_>, key: u32) -> io::Result<()> {
+    fn poll_fd(&mut self, fd: BorrowedFd<'_>, key: u32, weight: u32) -> io::Result<()> {
         self.unpoll(key)?;
         let fd = fd.try_clone_to_owned()?;
-        self.generation = (self.generation + 1) % GENERATIONS;
-        let data = poll_data(key, self.generation);
-        self.push(poll_entry(Fd(fd.as_raw_fd()), data));
-        self.polls.insert(key, Poll { fd, generation: self.generation });
+        if self.generation >= GENERATIONS - weight {
+            self.generation = 0;
+        }
+        let generations = self.generation..self.generation + weight;
+        self.generation = generations.end;
+        for generation in generations.clone() {
+            self.push(poll_entry(Fd(fd.as_raw_fd()), poll_data(key, generation)));
+        }
+        self.polls.insert(key, Poll { fd, generations });
         Ok(())
     }
 
     fn unpoll(&mut self, key: u32) -> io::Result<()> {
         let Some(poll) = self.polls.remove(&key) else { return Ok(()) };
-        let entry = opcode::PollRemove::new(poll_data(key, poll.generation)).build().user_data(IGNORE);
-        self.push(entry);
+        for generation in poll.generations {
+            let entry = opcode::PollRemove::new(poll_data(key, generation)).build().user_data(IGNORE);
+            self.push(entry);
+        }
         self.ready.retain(|event| !matches!(event, Event::Ready(ready) if *ready == key));
         // Before the duplicate is closed the kernel must have seen every entry that names its number.
         self.flush()
@@ -380,6 +395,10 @@ impl Drop for Ring {
                 return;
             }
             while self.next().is_some() {}
+        }
+        // The kernel takes a ring down some time after it is closed; the files are given back now.
+        if let Err(error) = self.ring.submitter().unregister_files() {
+            log::debug!("files stay open until the ring is gone: {error}");
         }
     }
 }
@@ -449,13 +468,15 @@ impl UringEngine {
 
     /// Reports every wake-up of `fd` (readable, or failed) as [`Event::Ready`] with `key`, until
     /// [`unpoll`](Self::unpoll); the descriptor is never read. It is reported at once if it is readable now. A poll
-    /// under the same key is replaced. The engine keeps a duplicate. Poll far fewer descriptors than the engine was
+    /// under the same key is replaced. The engine keeps a duplicate. A wake-up counts as `weight` completions for
+    /// [`enter`](Self::enter), and may be reported that often: so a caller that sleeps for many completions is woken
+    /// by one kick. Poll far fewer descriptors than the engine was
     /// made for operations: when all wake-ups together overflow the completion queue, polls are armed in vain.
     ///
     /// # Errors
     /// No descriptor is left.
-    pub fn poll_fd(&mut self, fd: BorrowedFd<'_>, key: u32) -> io::Result<()> {
-        self.ring.poll_fd(fd, key)
+    pub fn poll_fd(&mut self, fd: BorrowedFd<'_>, key: u32, weight: u32) -> io::Result<()> {
+        self.ring.poll_fd(fd, key, weight.clamp(1, MAX_WEIGHT))
     }
 
     /// Stops the reports under `key`; none comes after this, not even one that was due.

@@ -171,7 +171,7 @@ fn a_polled_descriptor_is_reported_at_each_wake_up_and_not_read() {
     let kick = EventFd::new(0).unwrap();
     // SAFETY: `kick` is open and outlives the borrow.
     let fd = unsafe { BorrowedFd::borrow_raw(kick.as_raw_fd()) };
-    engine.poll_fd(fd, 3).unwrap();
+    engine.poll_fd(fd, 3, 1).unwrap();
     assert!(keys(&mut engine).is_empty());
     for _ in 0..100 {
         kick.write(1).unwrap();
@@ -188,7 +188,7 @@ fn a_polled_descriptor_is_reported_at_each_wake_up_and_not_read() {
     kick.write(1).unwrap();
     assert!(keys(&mut engine).is_empty());
     // Readable already: reported at once.
-    engine.poll_fd(fd, 3).unwrap();
+    engine.poll_fd(fd, 3, 1).unwrap();
     engine.enter(1, None).unwrap();
     assert_eq!(keys(&mut engine), [3]);
 }
@@ -198,7 +198,7 @@ fn wake_ups_and_completions_survive_an_overflow_of_the_completion_queue() {
     let (mut engine, _file, id) = engine_with_file(8);
     let kick = EventFd::new(0).unwrap();
     // SAFETY: `kick` is open and outlives the borrow.
-    engine.poll_fd(unsafe { BorrowedFd::borrow_raw(kick.as_raw_fd()) }, 5).unwrap();
+    engine.poll_fd(unsafe { BorrowedFd::borrow_raw(kick.as_raw_fd()) }, 5, 1).unwrap();
     for _ in 0..3 {
         for n in 0..200u64 {
             engine.submit(n, Op::Write { file: id, offset: n * 8, buf: IoBuf::copy_of(&[1; 8]) });
@@ -227,7 +227,7 @@ fn wake_ups_and_completions_survive_an_overflow_of_the_completion_queue() {
 fn a_wait_ends_at_its_timeout() {
     let mut engine = UringEngine::new(8).unwrap();
     let (reader, _writer) = std::io::pipe().unwrap();
-    engine.poll_fd(reader.as_fd(), 0).unwrap();
+    engine.poll_fd(reader.as_fd(), 0, 1).unwrap();
     engine.enter(1, Some(Duration::from_millis(5))).unwrap();
     assert!(keys(&mut engine).is_empty());
 }

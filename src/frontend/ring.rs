@@ -5,7 +5,9 @@
 //! and sleep in one system call. Before it sleeps it arms the driver's notification and looks once more; while it is
 //! busy it asks for none. It sleeps for several completions when several local operations are in flight (a quarter
 //! of them, at most 16): that alone brought writes at depth 32 from .83 to .98 of what the disk gives. Only local
-//! operations count; a pull from another host must never hold a completion back.
+//! operations count; a pull from another host must never hold a completion back. A kick ends that sleep at once (it
+//! weighs as much as the largest batch): new requests must not wait for old ones to leave the disk. With a driver that
+//! polls, that is 0.90 instead of 0.75 of what the disk gives.
 //!
 //! The front-end thread gives commands by a channel and bumps a generation counter, which the loop compares once a
 //! batch. Every command is answered when it is done, so the front-end's acknowledgement means what it says. A mutex
@@ -322,7 +324,7 @@ impl QueueThread {
             log::debug!("queue {}: {error}", self.index);
         }
         self.key = (self.key + 1) & 0x7fff_ffff;
-        match kick.map(|kick| self.port.poll_fd(kick.as_fd(), self.key)) {
+        match kick.map(|kick| self.port.poll_fd(kick.as_fd(), self.key, MAX_BATCH)) {
             Some(Err(error)) => Answer::Failed(format!("cannot watch the kick descriptor: {error}")),
             _ => Answer::Done,
         }

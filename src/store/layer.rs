@@ -12,9 +12,13 @@ use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Name of the file in the state directory.
 pub(super) const NAME: &str = "layer";
+
+/// Longest wait for the I/O of a daemon that was killed.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
 
 /// The local layer of a volume.
 #[derive(Debug)]
@@ -46,9 +50,9 @@ impl Layer {
         if metadata.len() != size {
             return Err(refuse(format!("it has {} bytes, the volume has {size}", metadata.len())));
         }
-        // The state directory's lock does not cover an image that lies elsewhere.
-        if adopted && flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(refuse("another daemon uses this image".to_owned()));
+        if !lock(&file) {
+            let detail = "another daemon uses it, or the last one was killed and its I/O has not ended yet";
+            return Err(refuse(detail.to_owned()));
         }
         let direct = open_direct(path, true, cache)?;
         let layer = Self { file, direct, path: path.to_owned(), size, adopted };
@@ -120,6 +124,26 @@ impl Layer {
     pub fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
+}
+
+/// Locks the file for this daemon alone, and waits for the I/O of one that was killed.
+///
+/// The state directory's lock is free as soon as a process is gone, but the kernel may carry out its last writes after
+/// that. Whoever starts then would have new writes overtaken by old ones. The layer's lock belongs to the open file,
+/// which the rings of a daemon keep until their last operation has ended: it is free when nothing can come any more.
+/// It also covers an adopted image, which lies outside of the state directory.
+fn lock(file: &File) -> bool {
+    let begin = Instant::now();
+    while flock(file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if begin.elapsed() > LOCK_WAIT {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    if begin.elapsed() > Duration::from_millis(10) {
+        log::info!("waited {} ms for the I/O of the last daemon", begin.elapsed().as_millis());
+    }
+    true
 }
 
 /// The direct twin of a file, as the cache mode wants it.

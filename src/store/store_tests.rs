@@ -187,7 +187,7 @@ fn an_image_is_adopted_without_changing_it() {
     let store = Store::open(&state, &params).unwrap();
     assert_eq!(store.recovered.runs, [Run::whole(1, ChunkState::Modified)]);
     assert!(matches!(store.wipe(), Err(StoreError::Layer { .. })));
-    assert!(refusal(&dir.path().join("second"), &params).contains("another daemon uses this image"));
+    assert!(refusal(&dir.path().join("second"), &params).contains("another daemon uses it"));
     drop(store);
     drop(Store::open(&state, &StoreParams::default()).unwrap());
     drop(Store::open(&state, &params).unwrap());

@@ -26,7 +26,7 @@ mod tests;
 use super::event::VolumeEvent;
 use super::request::{Request, RequestOp, Status, Token};
 use super::table::{Claim, Exclusive};
-use super::volume::Volume;
+use super::volume::{Counters, Volume};
 use super::waiters::{Seat, Wake, Waker};
 use crate::core::geometry::{BlockMask, Span};
 use crate::engine::{Event, FileId, IoBuf, Op, UringEngine};
@@ -41,6 +41,8 @@ use std::time::Duration;
 const RING_ENTRIES: u32 = 512;
 /// Most pieces of one request that have begun and not ended: enough to keep a disk busy with one request.
 const WINDOW: u32 = 16;
+/// A ring of the door bell counts as so many disk operations: no sleep is for more.
+const WAKE_WEIGHT: u32 = 16;
 /// The key of the port's own eventfd.
 const OWN_KEY: u32 = u32::MAX;
 
@@ -113,6 +115,7 @@ pub struct Port {
     /// The base image, where it can be read in place.
     base: Option<FileId>,
     waker: Arc<Waker>,
+    counters: Arc<Counters>,
     requests: Slab<Active>,
     pieces: Slab<Piece>,
     /// Requests that came while the gate was closed.
@@ -144,15 +147,17 @@ impl Port {
         let base =
             volume.local_base().map(|base| engine.register_file(base.file, base.direct)).transpose()?;
         let waker = Arc::new(Waker::new()?);
-        engine.poll_fd(waker.as_fd(), OWN_KEY)?;
+        engine.poll_fd(waker.as_fd(), OWN_KEY, WAKE_WEIGHT)?;
         volume.ports().add(&waker);
         log::debug!("queue {queue_index} has a port");
+        let counters = volume.new_counters();
         Ok(Self {
             volume,
             engine,
             file,
             base,
             waker,
+            counters,
             requests: Slab::new(),
             pieces: Slab::new(),
             held: VecDeque::new(),
@@ -181,15 +186,15 @@ impl Port {
     }
 
     /// Reports wake-ups of a descriptor as [`PortEvent::Ready`] with this key, until [`unpoll`](Self::unpoll), and
-    /// never reads it. `u32::MAX` is taken.
+    /// never reads it. A wake-up counts as `weight` disk operations for [`wait`](Self::wait). `u32::MAX` is taken.
     ///
     /// # Errors
     /// No descriptor left, or the reserved key.
-    pub fn poll_fd(&mut self, fd: BorrowedFd<'_>, key: u32) -> io::Result<()> {
+    pub fn poll_fd(&mut self, fd: BorrowedFd<'_>, key: u32, weight: u32) -> io::Result<()> {
         if key == OWN_KEY {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "this poll key is the port's own"));
         }
-        self.engine.poll_fd(fd, key)
+        self.engine.poll_fd(fd, key, weight)
     }
 
     /// Pins guest memory, so that requests that use it cost less; `None` pins none.

@@ -88,13 +88,13 @@ impl Port {
         let seat = Seat { waker: &self.waker, piece: key };
         match self.volume.table().begin(op.access(), span, seat) {
             Ok(Begun::Layer) => {
-                let buf = Self::cut(active.buf.as_ref(), at, span);
+                let buf = Self::cut(&mut active.buf, at, span);
                 piece.step = Step::Reading;
                 let offset = self.volume.offset(span);
                 self.engine.submit(key, Op::Read { file: self.file, offset, buf });
             }
             Ok(Begun::Base) => {
-                let buf = Self::cut(active.buf.as_ref(), at, span);
+                let buf = Self::cut(&mut active.buf, at, span);
                 piece.step = Step::Reading;
                 // The table says so only where there is a file.
                 let (file, offset) = (self.base.unwrap_or(self.file), self.volume.offset(span));
@@ -107,7 +107,7 @@ impl Port {
             }
             Ok(Begun::Punch(exclusive)) => self.punch(key, exclusive),
             Ok(Begun::Zeros) => {
-                Self::cut(active.buf.as_ref(), at, span).fill_zero();
+                Self::cut(&mut active.buf, at, span).fill_zero();
                 self.piece_done(key, Status::Ok);
             }
             Ok(Begun::Done) => self.piece_done(key, Status::Ok),
@@ -124,9 +124,17 @@ impl Port {
         }
     }
 
-    fn cut(buf: Option<&IoBuf>, at: usize, span: Span) -> IoBuf {
+    /// The piece's part of the request's buffer, to be given to the engine: no piece asks for its part twice.
+    fn cut(buf: &mut Option<IoBuf>, at: usize, span: Span) -> IoBuf {
+        let len = span.len as usize;
+        let part = match buf {
+            // The usual request is one piece: its buffer goes as it is.
+            Some(whole) if whole.len() == len => buf.take(),
+            Some(whole) => Some(whole.slice(at, len)),
+            None => None,
+        };
         // Reads and writes have a buffer of the request's length: `Request` made sure.
-        buf.map_or_else(|| IoBuf::zeroed(0), |buf| buf.slice(at, span.len as usize))
+        part.unwrap_or_else(|| IoBuf::zeroed(0))
     }
 
     /// The operation that carries out the writing piece `key`.
@@ -137,7 +145,7 @@ impl Port {
             piece.and_then(|(request, at)| self.requests.get_mut(request).map(|active| (active, at)));
         match active {
             Some((active, at)) if active.op == RequestOp::Write => {
-                Op::Write { file, offset, buf: Self::cut(active.buf.as_ref(), at, span) }
+                Op::Write { file, offset, buf: Self::cut(&mut active.buf, at, span) }
             }
             Some((active, _)) if active.op == (RequestOp::Zero { unmap: true }) => {
                 Op::Punch { file, offset, len }
@@ -351,7 +359,7 @@ impl Port {
     pub(super) fn complete(&mut self, request: u64, error: Option<Status>) {
         let Some(active) = self.requests.remove(request) else { return };
         let status = if active.status == Status::Ok { error.unwrap_or(Status::Ok) } else { active.status };
-        self.volume.count(active.op, active.len, status);
+        self.counters.count(active.op, active.len, status);
         let read = active.op == RequestOp::Read && status == Status::Ok;
         let bytes_read = if read { u32::try_from(active.len).unwrap_or(u32::MAX) } else { 0 };
         self.answer(active.token, status, bytes_read);
