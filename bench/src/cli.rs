@@ -63,6 +63,10 @@ pub(crate) struct Iops {
     /// Seconds of load before that
     #[arg(long, value_name = "SECONDS", default_value_t = 0.5, value_parser = seconds)]
     pub(crate) ramp: f64,
+    /// End after N data requests and flushes of all queues together, at the latest after the runtime; the figures are of
+    /// the time that they took
+    #[arg(long, value_name = "N", conflicts_with = "ramp", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) requests: Option<u64>,
     /// One JSON object on standard output
     #[arg(long)]
     pub(crate) json: bool,
@@ -81,6 +85,12 @@ pub(crate) struct Iops {
     /// A flush after every N writes of a queue
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) flush_every: u32,
+    /// One more flush when all requests of the load have come back; its time is reported on its own
+    #[arg(long)]
+    pub(crate) final_flush: bool,
+    /// Use only the blocks at multiples of this, counted from the beginning of the range
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) stride: Option<u64>,
     /// Zipf-distributed offsets instead of uniform ones
     #[arg(long, value_name = "THETA")]
     pub(crate) zipf: Option<f64>,

@@ -33,7 +33,10 @@ pub(crate) struct Mix {
 #[derive(Debug)]
 pub(crate) struct Load {
     mix: Mix,
-    blocks: Range<u64>,
+    /// The first block, the distance of two that are used, and how many are.
+    start: u64,
+    step: u64,
+    count: u64,
     rng: SmallRng,
     zipf: Option<Zipf<f64>>,
     /// Coprime to the number of blocks: multiplication with it scatters ranks without two meeting.
@@ -43,9 +46,10 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// `blocks` are numbers of blocks of the request size.
-    pub(crate) fn new(mix: Mix, blocks: Range<u64>, seed: u64) -> Result<Self> {
-        let count = blocks.end.saturating_sub(blocks.start);
+    /// `blocks` are numbers of blocks of the request size; every `step`th of them is used.
+    pub(crate) fn new(mix: Mix, blocks: Range<u64>, step: u64, seed: u64) -> Result<Self> {
+        let step = step.max(1);
+        let count = blocks.end.saturating_sub(blocks.start).div_ceil(step);
         if count == 0 {
             bail!("the range is smaller than one request of each queue");
         }
@@ -58,8 +62,17 @@ impl Load {
             _ => None,
         };
         let rng = SmallRng::seed_from_u64(seed);
-        let next = blocks.start;
-        Ok(Self { mix, rng, zipf, stride: scatter(count), next, blocks, writes: 0 })
+        Ok(Self {
+            mix,
+            start: blocks.start,
+            step,
+            count,
+            rng,
+            zipf,
+            stride: scatter(count),
+            next: 0,
+            writes: 0,
+        })
     }
 
     /// The next request: what, and which block.
@@ -89,16 +102,19 @@ impl Load {
     }
 
     fn block(&mut self) -> u64 {
+        self.start + self.step * self.index()
+    }
+
+    fn index(&mut self) -> u64 {
         if self.mix.access == Access::Sequential {
-            let block = self.next;
-            self.next = if block + 1 == self.blocks.end { self.blocks.start } else { block + 1 };
-            return block;
+            let index = self.next;
+            self.next = if index + 1 == self.count { 0 } else { index + 1 };
+            return index;
         }
-        let Some(zipf) = &self.zipf else { return self.rng.random_range(self.blocks.clone()) };
-        let count = self.blocks.end - self.blocks.start;
+        let Some(zipf) = &self.zipf else { return self.rng.random_range(0..self.count) };
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // From 1 to the number of blocks.
-        let rank = (zipf.sample(&mut self.rng) as u64).clamp(1, count) - 1;
-        self.blocks.start + multiply(rank, self.stride, count)
+        let rank = (zipf.sample(&mut self.rng) as u64).clamp(1, self.count) - 1;
+        multiply(rank, self.stride, self.count)
     }
 }
 
@@ -164,15 +180,18 @@ mod tests {
 
     #[test]
     fn sequential_goes_round() {
-        let mut load = Load::new(mix(Access::Sequential), 3..6, 1).unwrap();
+        let mut load = Load::new(mix(Access::Sequential), 3..6, 1, 1).unwrap();
         let blocks: Vec<_> = (0..5).map(|_| load.next().1).collect();
         assert_eq!(blocks, [3, 4, 5, 3, 4]);
+        let mut load = Load::new(mix(Access::Sequential), 3..12, 4, 1).unwrap();
+        let blocks: Vec<_> = (0..4).map(|_| load.next().1).collect();
+        assert_eq!(blocks, [3, 7, 11, 3]);
     }
 
     #[test]
     fn the_same_seed_gives_the_same_stream_and_another_one_does_not() {
         let stream = |seed| {
-            let mut load = Load::new(mix(Access::Uniform), 0..1 << 40, seed).unwrap();
+            let mut load = Load::new(mix(Access::Uniform), 0..1 << 40, 1, seed).unwrap();
             (0..20).map(|_| load.next().1).collect::<Vec<_>>()
         };
         assert_eq!(stream(1), stream(1));
@@ -182,7 +201,7 @@ mod tests {
     #[test]
     fn offsets_stay_inside_and_reach_everything() {
         for access in [Access::Uniform, Access::Zipf(0.5)] {
-            let mut load = Load::new(mix(access), 10..20, 7).unwrap();
+            let mut load = Load::new(mix(access), 10..20, 1, 7).unwrap();
             let mut seen: HashMap<u64, u32> = HashMap::new();
             for _ in 0..5000 {
                 *seen.entry(load.next().1).or_default() += 1;
@@ -194,7 +213,7 @@ mod tests {
 
     #[test]
     fn zipf_is_skewed_as_it_says() {
-        let mut load = Load::new(mix(Access::Zipf(1.0)), 0..1000, 7).unwrap();
+        let mut load = Load::new(mix(Access::Zipf(1.0)), 0..1000, 1, 7).unwrap();
         let mut seen: HashMap<u64, u32> = HashMap::new();
         for _ in 0..100_000 {
             *seen.entry(load.next().1).or_default() += 1;
@@ -220,7 +239,7 @@ mod tests {
     #[test]
     fn directions_are_mixed_and_flushes_come_after_so_many_writes() {
         let mut load =
-            Load::new(Mix { access: Access::Uniform, reads: 30, discards: 10, flush_every: 5 }, 0..100, 3)
+            Load::new(Mix { access: Access::Uniform, reads: 30, discards: 10, flush_every: 5 }, 0..100, 1, 3)
                 .unwrap();
         let mut counts = HashMap::new();
         for _ in 0..10_000 {
@@ -243,7 +262,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_refused() {
-        assert!(Load::new(mix(Access::Uniform), 5..5, 1).is_err());
-        assert!(Load::new(mix(Access::Zipf(-1.0)), 0..5, 1).is_err());
+        assert!(Load::new(mix(Access::Uniform), 5..5, 1, 1).is_err());
+        assert!(Load::new(mix(Access::Zipf(-1.0)), 0..5, 1, 1).is_err());
     }
 }

@@ -26,6 +26,8 @@ pub(crate) struct Outcome {
     /// Processor time of the back-end in it.
     pub(crate) backend: Option<Duration>,
     pub(crate) pid: Option<u32>,
+    /// Nanoseconds of the flush after the load.
+    pub(crate) final_flush: Option<u64>,
 }
 
 /// Latencies in microseconds.
@@ -66,6 +68,8 @@ pub(crate) struct Report {
     flush: Option<Direction>,
     #[serde(skip_serializing_if = "Option::is_none")]
     discard: Option<Direction>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    final_flush_us: Option<f64>,
     requests: u64,
     runtime_s: f64,
     pid: Option<u32>,
@@ -96,19 +100,22 @@ impl Latency {
     fn new(histogram: &Histogram<u64>) -> Self {
         #[allow(clippy::cast_precision_loss)]
         let at = |quantile: f64| round(histogram.value_at_quantile(quantile) as f64 / 1000.0);
-        #[allow(clippy::cast_precision_loss)]
-        let us = |nanos: u64| round(nanos as f64 / 1000.0);
         Self {
             mean: round(histogram.mean() / 1000.0),
             p50: at(0.5),
             p99: at(0.99),
             p999: at(0.999),
-            min: us(histogram.min()),
+            min: us_of(histogram.min()),
             p90: at(0.9),
             p9999: at(0.9999),
-            max: us(histogram.max()),
+            max: us_of(histogram.max()),
         }
     }
+}
+
+#[allow(clippy::cast_precision_loss)]
+fn us_of(nanos: u64) -> f64 {
+    round(nanos as f64 / 1000.0)
 }
 
 /// To three digits behind the point: more would be noise.
@@ -138,7 +145,7 @@ impl Direction {
 
 impl Report {
     pub(crate) fn new(args: &Iops, disk: &Disk, shape: &Shape, outcome: Outcome) -> Result<Self> {
-        let Outcome { stats, seconds, backend, pid } = outcome;
+        let Outcome { stats, seconds, backend, pid, final_flush } = outcome;
         let data = stats.data()?;
         if let Some(path) = &args.histogram {
             write_log(path, &stats, seconds).with_context(|| format!("writing {}", path.display()))?;
@@ -155,6 +162,7 @@ impl Report {
             write: Direction::new(&stats.write, seconds),
             flush: Direction::new(&stats.flush, seconds),
             discard: Direction::new(&stats.discard, seconds),
+            final_flush_us: final_flush.map(us_of),
             requests,
             runtime_s: seconds,
             pid,
@@ -218,6 +226,9 @@ impl fmt::Display for Report {
             if let Some(part) = part {
                 latency(f, name, part.iops, part.bw_bytes, &part.lat_us)?;
             }
+        }
+        if let Some(us) = self.final_flush_us {
+            writeln!(f, "final flush: {us:.1} us")?;
         }
         if let (Some(us), Some(percent), Some(pid)) = (self.cpu_us_per_io, self.cpu_pct, self.pid) {
             writeln!(

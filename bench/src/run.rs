@@ -13,7 +13,7 @@ use crate::worker::{Plan, Times, Window, Worker, share};
 use anyhow::{Context, Result, bail};
 use std::ops::Range;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Time for the threads to start before the clock counts.
@@ -44,6 +44,10 @@ pub(crate) fn iops(args: &Iops) -> Result<Report> {
     }
     let times = times(args);
     let window = measure(&mut workers, &times, pid)?;
+    let final_flush = match workers.first_mut().filter(|_| args.final_flush) {
+        Some(worker) => Some(worker.flush(&times)?),
+        None => None,
+    };
     if args.verify {
         before_verify(args)?;
         let each = |worker: &mut Worker| worker.sweep(&times);
@@ -54,7 +58,12 @@ pub(crate) fn iops(args: &Iops) -> Result<Report> {
         stats.add(&worker.stats)?;
     }
     device.stop().context("stopping the rings")?;
-    Report::new(args, &disk, &shape, Outcome { stats, seconds: window.seconds, backend: window.backend, pid })
+    Report::new(
+        args,
+        &disk,
+        &shape,
+        Outcome { stats, seconds: window.seconds, backend: window.backend, pid, final_flush },
+    )
 }
 
 /// What was measured around the threads.
@@ -94,8 +103,8 @@ fn shape(args: &Iops, disk: &Disk) -> Result<Shape> {
     if disk.read_only && args.reads() < 100 {
         bail!("the disk is read-only");
     }
-    if args.flush_every > 0 && !disk.flush {
-        bail!("--flush-every: the back-end offers no flush");
+    if (args.flush_every > 0 || args.final_flush) && !disk.flush {
+        bail!("--flush-every, --final-flush: the back-end offers no flush");
     }
     if args.discard_pct > 0 && !disk.discard {
         bail!("--discard-pct: the back-end offers no discard");
@@ -107,6 +116,9 @@ fn shape(args: &Iops, disk: &Disk) -> Result<Shape> {
 fn blocks(args: &Iops, disk: &Disk) -> Result<Range<u64>> {
     if !args.offset.is_multiple_of(args.bs) {
         bail!("--offset is no multiple of --bs");
+    }
+    if args.stride.is_some_and(|stride| stride == 0 || !stride.is_multiple_of(args.bs)) {
+        bail!("--stride is no multiple of --bs");
     }
     let rest = disk.size.saturating_sub(args.offset);
     let size = args.size.unwrap_or(rest);
@@ -124,10 +136,11 @@ fn load(args: &Iops, index: u16, blocks: &Range<u64>) -> Result<Load> {
         discards: args.discard_pct,
         flush_every: args.flush_every,
     };
+    let step = args.stride.unwrap_or(args.bs) / args.bs;
     // Whoever judges must be the only one that writes; and sequential streams begin at different places.
     let own = args.verify || mix.access == crate::load::Access::Sequential;
     let blocks = if own { share(blocks, index, args.queues) } else { blocks.clone() };
-    Load::new(mix, blocks, args.seed.wrapping_mul(1_000_003).wrapping_add(u64::from(index)))
+    Load::new(mix, blocks, step, args.seed.wrapping_mul(1_000_003).wrapping_add(u64::from(index)))
 }
 
 fn plan(args: &Iops, index: u16) -> Result<Plan> {
@@ -137,13 +150,14 @@ fn plan(args: &Iops, index: u16) -> Result<Plan> {
         poll: args.mode == Mode::Poll,
         rate: args.rate.map(|rate| rate / f64::from(args.queues)),
         cpu: turn.and_then(|turn| args.cpu.get(turn).copied()),
+        budget: args.requests.map(|requests| (requests / u64::from(args.queues)).max(1)),
     })
 }
 
 fn times(args: &Iops) -> Times {
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // The command line keeps them small.
     let nanos = |seconds: f64| (seconds * NANOS) as u64;
-    let from = HEAD_START + nanos(args.ramp);
+    let from = if args.requests.is_some() { 0 } else { HEAD_START + nanos(args.ramp) };
     Times { zero: Instant::now(), measured: Window { from, to: from + nanos(args.runtime) } }
 }
 
@@ -151,31 +165,39 @@ fn times(args: &Iops) -> Times {
 fn measure(workers: &mut [Worker], times: &Times, pid: Option<u32>) -> Result<Measured> {
     let abort = AtomicBool::new(false);
     let each = |worker: &mut Worker| worker.run(times, &abort);
+    let mut sampled = Duration::ZERO;
     let mut window = Measured { seconds: 0.0, backend: None };
+    let running = AtomicUsize::new(workers.len());
+    let each = |worker: &mut Worker| {
+        let result = each(worker);
+        running.fetch_sub(1, Ordering::Relaxed);
+        result
+    };
+    let over = || running.load(Ordering::Relaxed) == 0;
     together(workers, &abort, &each, || {
-        wait_until(times, times.measured.from, &abort);
+        wait_until(times, times.measured.from, &over);
         let (from, before) = (times.now(), pid.and_then(|pid| Sample::of(pid).ok()));
-        wait_until(times, times.measured.to, &abort);
+        wait_until(times, times.measured.to, &over);
         let (to, after) = (times.now(), pid.and_then(|pid| Sample::of(pid).ok()));
-        // Samples are late by a little: the time used is brought to the window's length.
-        let Window { from: begin, to: end } = times.measured;
-        #[allow(clippy::cast_precision_loss)]
-        let (length, sampled) = (end.saturating_sub(begin) as f64, to.saturating_sub(from).max(1) as f64);
-        window.seconds = length / NANOS;
-        window.backend = before
-            .zip(after)
-            .map(|(before, after)| after.since(&before).mul_f64((length / sampled).min(1.0)));
+        sampled = Duration::from_nanos(to.saturating_sub(from).max(1));
+        window.backend = before.zip(after).map(|(before, after)| after.since(&before));
     })?;
+    let ended = workers.iter().map(|worker| worker.ended).max().unwrap_or(0);
+    window.seconds = Duration::from_nanos(ended.saturating_sub(times.measured.from)).as_secs_f64();
+    // A load that ends with the time is sampled a little too long: bring it to the window's length.
+    let excess = (window.seconds / sampled.as_secs_f64()).min(1.0);
+    let counted = if workers.iter().any(|worker| worker.spent()) { 1.0 } else { excess };
+    window.backend = window.backend.map(|time| time.mul_f64(counted));
     Ok(window)
 }
 
-fn wait_until(times: &Times, at: u64, abort: &AtomicBool) {
-    while !abort.load(Ordering::Relaxed) {
+fn wait_until(times: &Times, at: u64, over: &dyn Fn() -> bool) {
+    while !over() {
         let left = at.saturating_sub(times.now());
         if left == 0 {
             return;
         }
-        std::thread::sleep(Duration::from_nanos(left.min(50_000_000)));
+        std::thread::sleep(Duration::from_nanos(left.min(10_000_000)));
     }
 }
 

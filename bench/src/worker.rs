@@ -77,6 +77,8 @@ pub(crate) struct Plan {
     /// Requests a second of this queue; `None` for a closed loop.
     pub(crate) rate: Option<f64>,
     pub(crate) cpu: Option<usize>,
+    /// Requests until the end; `None` for as many as the time allows.
+    pub(crate) budget: Option<u64>,
 }
 
 /// One queue's thread.
@@ -95,6 +97,8 @@ pub(crate) struct Worker {
     epoll: OwnedFd,
     last_completion: u64,
     next_look: u64,
+    /// When its part of the measured window ended.
+    pub(crate) ended: u64,
     pub(crate) stats: Stats,
 }
 
@@ -127,6 +131,7 @@ impl Worker {
             epoll,
             last_completion: 0,
             next_look: 0,
+            ended: 0,
             stats: Stats::new()?,
             plan,
         })
@@ -147,7 +152,9 @@ impl Worker {
                 cpu_at_start = Some(cpu::this_thread());
             }
             let reaped = self.reap(now, times.measured.contains(now))?;
-            if now >= times.measured.to || abort.load(Ordering::Relaxed) {
+            let spent = self.spent() && self.ring.in_flight() == 0;
+            if spent || now >= times.measured.to || abort.load(Ordering::Relaxed) {
+                self.ended = now.min(times.measured.to);
                 break;
             }
             let queued = self.submit(times, &mut pace)?;
@@ -159,6 +166,26 @@ impl Worker {
             self.stats.cpu += cpu::this_thread().saturating_sub(before);
         }
         self.drain(times)
+    }
+
+    /// One flush on an idle ring; returns how long it took.
+    pub(crate) fn flush(&mut self, times: &Times) -> Result<u64> {
+        self.settle(times.now());
+        let Some(slot) = self.free.pop() else { bail!("no slot is free for the flush") };
+        let (started, errors) = (times.now(), self.stats.errors);
+        self.slots[usize::from(slot)] = Slot { kind: Kind::Flush, block: 0, started, expected: None };
+        self.ring.put(slot, Kind::Flush, 0);
+        self.ring.publish().context("kick")?;
+        self.drain(times)?;
+        if self.stats.errors > errors {
+            bail!("the flush failed");
+        }
+        Ok(self.last_completion.saturating_sub(started))
+    }
+
+    /// Whether it ended because it had done all its requests.
+    pub(crate) fn spent(&self) -> bool {
+        self.plan.budget == Some(0)
     }
 
     /// Reads again and judges everything that was written.
@@ -293,6 +320,9 @@ impl Worker {
             }
             Source::Load(load) => load,
         };
+        if let Some(budget) = &mut self.plan.budget {
+            *budget = budget.checked_sub(1)?;
+        }
         let Some(book) = &self.book else { return Some(load.next()) };
         (0..64)
             .map(|_| load.next())
