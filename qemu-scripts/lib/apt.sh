@@ -10,9 +10,10 @@
 APT_DIR="$CACHE/apt"
 
 # What apt believes is installed: the truth without QEMU and its companions. With them in the picture an installed
-# package of one QEMU version would make the other one unresolvable; and they must land in the cache anyway.
+# package of one QEMU version would make the other one unresolvable; and they must land in the cache anyway. fio, which
+# bench/compare installs, needs the same libraries: left in, it would be a broken package.
 apt_status() {
-    awk 'BEGIN { RS = ""; ORS = "\n\n" } !/^Package: (qemu|seabios|ipxe|libpmem|libndctl|libdaxctl)/' \
+    awk 'BEGIN { RS = ""; ORS = "\n\n" } !/^Package: (qemu|seabios|ipxe|fio|libpmem|libndctl|libdaxctl)/' \
         /var/lib/dpkg/status > "$APT_DIR/status"
 }
 
