@@ -44,8 +44,8 @@ impl Tables {
         let leaves = chunks.div_ceil(64);
         Self {
             written: zeroed(chunks),
-            passes: vec![0u32; chunks].into_iter().map(AtomicU32::new).collect(),
-            plain: vec![0u32; chunks].into_iter().map(AtomicU32::new).collect(),
+            passes: zeroed(chunks),
+            plain: zeroed(chunks),
             leaves: zeroed(leaves),
             summary: zeroed(leaves.div_ceil(64)),
         }
@@ -65,10 +65,10 @@ impl Tables {
     }
 }
 
-/// Zeroed words. `vec![0; n]` is `calloc`, and the in-place collect is nothing in an optimized build: pages that
-/// are never touched are never given memory.
-pub(super) fn zeroed(count: usize) -> Box<[AtomicU64]> {
-    vec![0u64; count].into_iter().map(AtomicU64::new).collect()
+/// Zeroed words, from `calloc`: pages that are never touched are never given memory. A vector of plain integers that is
+/// collected into atomics would be written through, whatever the optimizer is hoped to do.
+pub(super) fn zeroed<T: bytemuck::Zeroable>(count: usize) -> Box<[T]> {
+    bytemuck::zeroed_slice_box(count)
 }
 
 impl std::fmt::Debug for Tracker {
