@@ -13,46 +13,51 @@
 
 use super::table::Table;
 use crate::core::chunk::ChunkState;
-use crate::core::geometry::{BlockMask, Geometry};
-use crate::store::Store;
+use crate::core::geometry::{ChunkId, Geometry};
+use crate::store::{Run, Store};
 use std::io;
 use std::ops::Range;
 
 /// Punches every range of the layer that must be a hole.
 pub(super) fn make_holes(store: &Store, table: &Table, geometry: Geometry) -> io::Result<()> {
-    holes(table, geometry, |range| store.layer.punch(range.start, range.end - range.start))
+    let punch = |range: Range<u64>| store.layer.punch(range.start, range.end - range.start);
+    holes(&store.recovered.runs, table.based(), geometry, punch)
 }
 
-/// Gives every range that must be a hole, joined where they touch, in rising order.
+/// Gives every range that must be a hole, joined where they touch, in rising order. Chunks from `based` on have no base
+/// image under them.
 fn holes(
-    table: &Table,
+    runs: &[Run],
+    based: u32,
     geometry: Geometry,
     mut punch: impl FnMut(Range<u64>) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut open: Option<Range<u64>> = None;
-    for chunk in geometry.chunks() {
-        let look = table.look(chunk);
-        let blocks = match look.lasting {
-            ChunkState::Base if !table.has_base(chunk) => geometry.full_mask(chunk).minus(look.mask),
-            ChunkState::Base
-            | ChunkState::Zero
-            | ChunkState::Local
-            | ChunkState::Modified
-            | ChunkState::Remote
-            | ChunkState::Installing => BlockMask::EMPTY,
-        };
-        for run in blocks.runs() {
-            let bytes = geometry.block_bytes(chunk, &run);
-            let start = geometry.chunk_start(chunk);
-            let next = start + u64::from(bytes.start)..start + u64::from(bytes.end);
-            open = match open.take() {
-                Some(range) if range.end == next.start => Some(range.start..next.end),
-                Some(range) => {
-                    punch(range)?;
-                    Some(next)
-                }
-                None => Some(next),
-            };
+    let mut add = |next: Range<u64>| {
+        match open.take() {
+            Some(range) if range.end == next.start => open = Some(range.start..next.end),
+            Some(range) => {
+                punch(range)?;
+                open = Some(next);
+            }
+            None => open = Some(next),
+        }
+        Ok::<(), io::Error>(())
+    };
+    for run in runs.iter().filter(|run| run.state == ChunkState::Base) {
+        let chunks = run.first.0.max(based)..run.end();
+        if run.mask.is_empty()
+            && let Some(last) = chunks.clone().next_back()
+        {
+            let end = geometry.chunk_start(ChunkId(last)) + u64::from(geometry.chunk_len(ChunkId(last)));
+            add(geometry.chunk_start(ChunkId(chunks.start))..end)?;
+            continue;
+        }
+        for chunk in chunks.map(ChunkId) {
+            for blocks in geometry.full_mask(chunk).minus(run.mask).runs() {
+                let (bytes, start) = (geometry.block_bytes(chunk, &blocks), geometry.chunk_start(chunk));
+                add(start + u64::from(bytes.start)..start + u64::from(bytes.end))?;
+            }
         }
     }
     open.map_or(Ok(()), punch)
@@ -62,39 +67,35 @@ fn holes(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::core::geometry::ChunkId;
+    use crate::core::geometry::BlockMask;
     use crate::core::message::Version;
-    use crate::store::Transition;
-    use crate::volume::table::Notes;
-    use std::sync::Arc;
-
-    struct Nowhere;
-
-    impl Notes for Nowhere {
-        fn note(&self, _: &[Transition]) -> io::Result<()> {
-            Ok(())
-        }
-    }
 
     #[test]
     fn holes_are_joined_across_chunks_and_masks_are_spared() {
         const K: u64 = 64 << 10;
-        let geometry = Geometry::new(5 * K + 512, 64 << 10).unwrap();
-        let table = Table::new(geometry, 1, Arc::new(Nowhere));
-        let set = |chunk, state, mask| {
-            let (chunk, mask, version) = (ChunkId(chunk), BlockMask(mask), Version(0));
-            table.restore(&Transition { chunk, state, mask, version });
+        let geometry = Geometry::new(8 * K + 512, 64 << 10).unwrap();
+        let run = |first, count, state, mask| {
+            let (first, mask, version) = (ChunkId(first), BlockMask(mask), Version(0));
+            Run { first, count, state, mask, version }
         };
-        // 0 has a base under it, 1 is written in part, 2 is zeroed, 3 is whole, 4 and the short 5 are untouched.
-        set(1, ChunkState::Base, 0b10);
-        set(2, ChunkState::Zero, 0);
-        set(3, ChunkState::Modified, 0);
+        // 0 and 1 have a base under them, 2 has none; 3 is written in part, 4 is zeroed, 5 is whole,
+        // the others, of which the last one is short, are untouched.
+        let runs = [
+            run(0, 3, ChunkState::Base, 0),
+            run(3, 1, ChunkState::Base, 0b10),
+            run(4, 1, ChunkState::Zero, 0),
+            run(5, 1, ChunkState::Modified, 0),
+            run(6, 3, ChunkState::Base, 0),
+        ];
         let mut found = Vec::new();
-        holes(&table, geometry, |range| {
+        let mut note = |range| {
             found.push(range);
             Ok(())
-        })
-        .unwrap();
-        assert_eq!(found, [K..K + 1024, K + 2048..2 * K, 4 * K..5 * K + 512]);
+        };
+        holes(&runs, 2, geometry, &mut note).unwrap();
+        assert_eq!(found, [2 * K..3 * K + 1024, 3 * K + 2048..4 * K, 6 * K..8 * K + 512]);
+        let mut nothing = |range: Range<u64>| Err(io::Error::other(format!("{range:?}")));
+        holes(&runs, 9, geometry, &mut nothing).unwrap();
+        assert!(holes(&runs, 8, geometry, &mut nothing).is_err());
     }
 }

@@ -42,6 +42,7 @@
 
 mod batch;
 mod exclusive;
+mod tally;
 mod word;
 
 pub(super) use exclusive::Exclusive;
@@ -52,7 +53,7 @@ use super::waiters::{Claimant, Parked, Seat, Waiter, Wake};
 use crate::core::chunk::{self, Access, ChunkState, ChunkView, IllegalMove, Route, check_move};
 use crate::core::geometry::{BlockMask, ChunkId, Geometry, Span};
 use crate::core::message::Version;
-use crate::store::Transition;
+use crate::store::{Run, Transition};
 use parking_lot::{Mutex, MutexGuard};
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -60,6 +61,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use thiserror::Error;
 
+use tally::Tally;
 use tokio::sync::oneshot;
 use word::{SLOW, WRITER, bumped, state_of, update, version_of, with_state, writers_of};
 
@@ -177,6 +179,7 @@ pub(super) struct Table {
     /// So many bytes of the base image can be read in place.
     in_place: u64,
     words: Box<[AtomicU64]>,
+    tally: Tally,
     shards: Box<[Mutex<Shard>]>,
     notes: Arc<dyn Notes>,
 }
@@ -195,6 +198,7 @@ impl Table {
             based,
             in_place: 0,
             words: zeroed(geometry.chunk_count() as usize),
+            tally: Tally::default(),
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             notes,
         }
@@ -206,7 +210,15 @@ impl Table {
         Self { in_place: len, ..self }
     }
 
-    /// Sets a chunk as recovery found it; for the time before anybody else has the table.
+    /// Sets chunks as recovery found them; for the time before anybody else has the table.
+    pub(super) fn restore_run(&self, run: &Run) {
+        // Untouched, and on a large new disk that is all of it.
+        if word::idle(run.state, run.version) != 0 || !run.mask.is_empty() {
+            run.transitions().for_each(|transition| self.restore(&transition));
+        }
+    }
+
+    /// One chunk of that.
     pub(super) fn restore(&self, transition: &Transition) {
         let Some(word) = self.words.get(transition.chunk.index()) else { return };
         let slow = if transition.mask.is_empty() { 0 } else { SLOW };
@@ -214,7 +226,8 @@ impl Table {
             // Untouched: a store would give its page memory.
             return;
         }
-        word.store(word::idle(transition.state, transition.version) | slow, SeqCst);
+        let before = word.swap(word::idle(transition.state, transition.version) | slow, SeqCst);
+        self.tally.moved(state_of(before), transition.state);
         if slow != 0 {
             let entry = Entry { mask: transition.mask, ..Entry::default() };
             self.shard(transition.chunk).insert(transition.chunk, entry);
@@ -224,6 +237,23 @@ impl Table {
     /// Whether some of the base image lies under the chunk.
     pub(super) fn has_base(&self, chunk: ChunkId) -> bool {
         chunk.0 < self.based
+    }
+
+    /// Chunks that the table says have nothing of a base image under them begin here.
+    pub(super) fn based(&self) -> u32 {
+        self.based
+    }
+
+    /// Chunks in this state now. Only those that are not `Base` are counted: see [`Tally`].
+    pub(super) fn count(&self, state: ChunkState) -> u64 {
+        self.tally.get(state)
+    }
+
+    /// Changes a word whose state may change with it; returns what it was. The caller holds the shard's lock.
+    fn set(&self, chunk: ChunkId, change: impl Fn(u64) -> u64) -> u64 {
+        let before = update(self.word(chunk), &change);
+        self.tally.moved(state_of(before), state_of(change(before)));
+        before
     }
 
     fn shard(&self, chunk: ChunkId) -> MutexGuard<'_, Shard> {
@@ -335,7 +365,7 @@ impl Table {
             let version = version_of(bumped(seen));
             self.notes.note(&[Transition { chunk, state, mask: BlockMask::EMPTY, version }])?;
         }
-        update(self.word(chunk), |word| {
+        self.set(chunk, |word| {
             let word = before.map_or(word, |state| with_state(word, state));
             bumped(word + WRITER)
         });

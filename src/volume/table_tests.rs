@@ -83,6 +83,20 @@ impl Bench {
     }
 }
 
+impl Drop for Bench {
+    /// Whatever a test did: the states that were counted are the states that there are.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        for state in chunk::ALL_STATES.into_iter().filter(|state| *state != ChunkState::Base) {
+            let chunks = self.table.geometry.chunks();
+            let found = chunks.filter(|chunk| self.table.look(*chunk).state == state).count();
+            assert_eq!(self.table.count(state), found as u64, "{state:?}");
+        }
+    }
+}
+
 fn make_remote(table: &Arc<Table>, run: std::ops::Range<u32>) -> Result<Vec<ChunkId>, TableError> {
     let (state, mask) = (ChunkState::Remote, BlockMask::EMPTY);
     table.change(run, |now| Some(Transition { state, mask, ..now }))

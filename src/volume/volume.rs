@@ -129,7 +129,7 @@ impl Volume {
         let in_place = store.base.as_ref().filter(|base| base.local().is_some()).map_or(0, |base| base.len());
         let table = Table::new(geometry, based, Arc::new(Journal(Arc::clone(&store))));
         let table = Arc::new(table.with_base_in_place(in_place));
-        store.recovered.iter().for_each(|transition| table.restore(&transition));
+        store.recovered.runs.iter().for_each(|run| table.restore_run(run));
         super::recovery::make_holes(&store, &table, geometry)?;
         let (events, receiver) = mpsc::unbounded_channel();
         let ports = Arc::new(Ports::default());
@@ -216,21 +216,20 @@ impl Volume {
         self.geometry.has(chunk).then(|| self.table.look(chunk).state)
     }
 
-    /// Counts the states of all chunks: one look at each.
+    /// How many chunks are in each state.
     #[must_use]
     pub fn counts(&self) -> StateCounts {
-        let mut counts = StateCounts::default();
-        for chunk in self.geometry.chunks() {
-            let count = match self.table.look(chunk).state {
-                ChunkState::Base => &mut counts.base,
-                ChunkState::Zero => &mut counts.zero,
-                ChunkState::Local => &mut counts.local,
-                ChunkState::Modified => &mut counts.modified,
-                ChunkState::Remote => &mut counts.remote,
-                ChunkState::Installing => &mut counts.installing,
-            };
-            *count += 1;
-        }
+        let count = |state| self.table.count(state);
+        let mut counts = StateCounts {
+            base: 0,
+            zero: count(ChunkState::Zero),
+            local: count(ChunkState::Local),
+            modified: count(ChunkState::Modified),
+            remote: count(ChunkState::Remote),
+            installing: count(ChunkState::Installing),
+        };
+        let others = counts.zero + counts.local + counts.modified + counts.remote + counts.installing;
+        counts.base = u64::from(self.geometry.chunk_count()).saturating_sub(others);
         counts
     }
 

@@ -121,6 +121,7 @@ impl Table {
                 update(word, |word| word & WRITERS);
             }
         }
+        self.tally.clear();
         for mut shard in all {
             wakes.extend(shard.drain().flat_map(|(_, mut entry)| entry.take_parked(|_| true)));
         }
@@ -142,7 +143,7 @@ impl Table {
         self.notes.note(&transitions)?;
         for (from, to) in moves {
             let shard = shards.of(to.chunk);
-            update(self.word(to.chunk), |word| with_state(word, to.state));
+            self.set(to.chunk, |word| with_state(word, to.state));
             let mut due = Due::default();
             if !to.mask.is_empty() {
                 self.entry(shard, to.chunk).mask = to.mask;

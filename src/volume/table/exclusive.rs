@@ -4,7 +4,7 @@
 //! The right to a chunk is a value. Whoever has it publishes what the chunk has become, or drops it, and then the
 //! chunk is what it was: a cancelled future, a queue that ends, an error on the way out all give it back.
 
-use super::word::{bumped, state_of, update, version_of, with_state, with_version, writers_of};
+use super::word::{bumped, state_of, version_of, with_state, with_version, writers_of};
 use super::{Due, Entry, Hold, Shard, Table, TableError};
 use crate::core::chunk::{ChunkState, check_move};
 use crate::core::geometry::{BlockMask, ChunkId};
@@ -72,7 +72,7 @@ impl Exclusive {
         entry.mask = mask;
         entry.hold = None;
         due.wakes = entry.take_parked(|_| true);
-        update(table.word(self.chunk), next);
+        table.set(self.chunk, next);
         table.settle(&mut shard, self.chunk, &mut due);
         drop(shard);
         due.fire();
@@ -90,7 +90,7 @@ impl Drop for Exclusive {
         let mut due = Due::default();
         let mut shard = table.shard(self.chunk);
         let (was, punch) = (self.was, self.punch);
-        update(table.word(self.chunk), |word| {
+        table.set(self.chunk, |word| {
             // A punch that failed may have changed the content.
             let word = with_state(word, was);
             if punch { bumped(word) } else { word }
@@ -106,9 +106,8 @@ impl Drop for Exclusive {
 
 impl Table {
     pub(super) fn hold(self: &Arc<Self>, entry: &mut Entry, chunk: ChunkId, punch: bool) -> Exclusive {
-        let word = update(self.word(chunk), |word| {
-            with_state(if punch { bumped(word) } else { word }, ChunkState::Installing)
-        });
+        let word = self
+            .set(chunk, |word| with_state(if punch { bumped(word) } else { word }, ChunkState::Installing));
         let was = state_of(word);
         entry.hold = Some(Hold { was, punch });
         Exclusive {
