@@ -28,6 +28,8 @@ const LAYERS: &[(&str, &[&str])] = &[
 const UNSAFE: &[&str] = &[
     "src/engine/uring.rs",
     "src/engine/buffer.rs",
+    "src/frontend/sigbus.rs",
+    "src/frontend/mapping.rs",
     "src/frontend/memory.rs",
     "src/frontend/ring_mem.rs",
     "src/frontend/dirty_log.rs",

@@ -9,8 +9,7 @@
 //! copy the old page, and never see our write. The memory is shared with the front-end and with the VM's other
 //! devices, so bits are set by an atomic OR.
 
-use rustix::fs::{FileType, fstat};
-use rustix::mm::{MapFlags, ProtFlags};
+use super::mapping::Mapping;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -21,11 +20,8 @@ pub(super) const PAGE: u64 = 4096;
 /// A mapped log. Immutable as a value; SET_LOG_BASE makes a new one.
 #[derive(Debug)]
 pub(super) struct DirtyLog {
-    /// Address as a number: it becomes a pointer only where it is used.
-    map: usize,
-    map_len: usize,
-    /// Where the log begins in the mapping, and its bytes.
-    start: usize,
+    map: Mapping,
+    /// Bytes of the log.
     len: usize,
     /// Ranges that had pages outside the log.
     outside: AtomicU64,
@@ -37,22 +33,14 @@ impl DirtyLog {
     /// # Errors
     /// It cannot be mapped, or the file is shorter.
     pub(super) fn new(file: &File, offset: u64, size: u64) -> io::Result<Self> {
-        let short = || io::Error::new(io::ErrorKind::InvalidInput, "dirty log is longer than its file");
-        let stat = fstat(file)?;
-        let end = offset.checked_add(size).filter(|_| size > 0).ok_or_else(short)?;
-        let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-        if regular && end > u64::try_from(stat.st_size).unwrap_or(0) {
-            return Err(short());
-        }
-        let first = offset & !(PAGE - 1);
-        let map_len = usize::try_from(end - first).map_err(|_| short())?;
-        let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
-        // SAFETY: a new mapping at an address of the kernel's choice; nothing existing is replaced.
-        let map = unsafe { rustix::mm::mmap(std::ptr::null_mut(), map_len, prot, flags, file, first) }?;
-        let map = map.expose_provenance();
-        let start = map + usize::try_from(offset - first).map_err(|_| short())?;
-        let len = usize::try_from(size).map_err(|_| short())?;
-        Ok(Self { map, map_len, start, len, outside: AtomicU64::new(0) })
+        let len = usize::try_from(size).map_err(io::Error::other)?;
+        Ok(Self { map: Mapping::new(file, offset, size)?, len, outside: AtomicU64::new(0) })
+    }
+
+    /// Whether marks may have gone nowhere.
+    #[must_use]
+    pub(super) fn is_lost(&self) -> bool {
+        self.map.is_lost()
     }
 
     /// Marks the pages of `len` bytes at guest-physical `address`, which have been written. Pages past the end of
@@ -79,17 +67,7 @@ impl DirtyLog {
         let index = usize::try_from(index).ok().filter(|index| *index < self.len)?;
         // SAFETY: inside the mapping, which lives as long as `self`; other processes access it atomically, and this
         // one only through here.
-        Some(unsafe { AtomicU8::from_ptr(std::ptr::with_exposed_provenance_mut(self.start + index)) })
-    }
-}
-
-impl Drop for DirtyLog {
-    fn drop(&mut self) {
-        let map = std::ptr::with_exposed_provenance_mut(self.map);
-        // SAFETY: mapped by `new` with this length, unmapped once; references into it borrow `self`.
-        if let Err(error) = unsafe { rustix::mm::munmap(map, self.map_len) } {
-            log::warn!("munmap of the dirty log: {error}");
-        }
+        Some(unsafe { AtomicU8::from_ptr(std::ptr::with_exposed_provenance_mut(self.map.host() + index)) })
     }
 }
 

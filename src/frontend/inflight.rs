@@ -20,8 +20,8 @@
 //!
 //! A region belongs to a ring that lives: after a reboot of the guest the front-end asks for a new one.
 
-use rustix::fs::{FileType, MemfdFlags, SealFlags, fstat};
-use rustix::mm::{MapFlags, ProtFlags};
+use super::mapping::Mapping;
+use rustix::fs::{MemfdFlags, SealFlags};
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -31,15 +31,11 @@ const HEADER: usize = 16;
 const ENTRY: usize = 16;
 const ALIGN: usize = 64;
 const VERSION: u16 = 1;
-const PAGE: u64 = 4096;
 
 /// A mapped region for all queues.
 #[derive(Debug)]
 pub(super) struct InflightRegion {
-    /// Address as a number: it becomes a pointer only where it is used.
-    map: usize,
-    map_len: usize,
-    start: usize,
+    map: Mapping,
     queues: u16,
     size: u16,
 }
@@ -77,43 +73,31 @@ impl InflightRegion {
         if size == 0 || queues == 0 || bytes < needed || !offset.is_multiple_of(ALIGN as u64) {
             return Err(wrong("in-flight region is too small for its queues, or not aligned"));
         }
-        let end = offset.checked_add(needed).ok_or_else(|| wrong("impossible offset"))?;
-        let stat = fstat(file)?;
-        let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-        if regular && end > u64::try_from(stat.st_size).unwrap_or(0) {
-            return Err(wrong("in-flight region is longer than its file"));
-        }
-        let first = offset & !(PAGE - 1);
-        let map_len = usize::try_from(end - first).map_err(io::Error::other)?;
-        let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
-        // SAFETY: a new mapping at an address of the kernel's choice; nothing existing is replaced.
-        let map = unsafe { rustix::mm::mmap(std::ptr::null_mut(), map_len, prot, flags, file, first) }?;
-        let map = map.expose_provenance();
-        let start = map + usize::try_from(offset - first).map_err(io::Error::other)?;
-        Ok(Self { map, map_len, start, queues, size })
+        Ok(Self { map: Mapping::new(file, offset, needed)?, queues, size })
+    }
+
+    /// Whether what it says is no longer what the front-end keeps.
+    #[must_use]
+    pub(super) fn is_lost(&self) -> bool {
+        self.map.is_lost()
+    }
+
+    fn has(&self, address: usize, len: usize) -> bool {
+        let bytes = queue_bytes(self.size) * usize::from(self.queues);
+        address.checked_sub(self.map.host()).is_some_and(|at| at + len <= bytes)
     }
 
     fn half(&self, address: usize) -> &AtomicU16 {
-        debug_assert!(address.is_multiple_of(2) && address + 2 <= self.map + self.map_len);
+        debug_assert!(address.is_multiple_of(2) && self.has(address, 2));
         // SAFETY: `InflightQueue` gives aligned addresses inside the mapping, which lives as long as `self`; all
         // access from this process is atomic.
         unsafe { AtomicU16::from_ptr(std::ptr::with_exposed_provenance_mut(address)) }
     }
 
     fn double(&self, address: usize) -> &AtomicU64 {
-        debug_assert!(address.is_multiple_of(8) && address + 8 <= self.map + self.map_len);
+        debug_assert!(address.is_multiple_of(8) && self.has(address, 8));
         // SAFETY: as for `half`.
         unsafe { AtomicU64::from_ptr(std::ptr::with_exposed_provenance_mut(address)) }
-    }
-}
-
-impl Drop for InflightRegion {
-    fn drop(&mut self) {
-        let map = std::ptr::with_exposed_provenance_mut(self.map);
-        // SAFETY: mapped by `open` with this length, unmapped once; references into it borrow `self`.
-        if let Err(error) = unsafe { rustix::mm::munmap(map, self.map_len) } {
-            log::warn!("munmap of the in-flight region: {error}");
-        }
     }
 }
 
@@ -133,7 +117,7 @@ impl InflightQueue {
         if index >= region.queues || ring_size > region.size {
             return None;
         }
-        let base = region.start + queue_bytes(region.size) * usize::from(index);
+        let base = region.map.host() + queue_bytes(region.size) * usize::from(index);
         Some(Self { region: Arc::clone(region), base, counter: 0, batch: Vec::new() })
     }
 

@@ -14,12 +14,11 @@
 //! No reference to guest bytes is ever made: the guest changes them while we look. Loads and stores are atomic.
 //! `vm-memory` was rejected on the request path: its slices cost 0.6 us a request when a bitmap type is present.
 //!
-//! A front-end that truncates its file afterwards kills this process with SIGBUS; the length is checked when the
-//! region arrives, and the front-end is trusted not to shoot its own disk.
+//! The length of a file is checked when its region arrives. A front-end that cuts it afterwards loses the region, and
+//! with it every ring that uses the table ([`GuestMemory::is_lost`]); this process goes on (`sigbus`).
 
+use super::mapping::{Mapping, MappingError};
 use crate::engine::IoBuf;
-use rustix::fs::{FileType, fstat};
-use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::any::Any;
 use std::cell::Cell;
 use std::fs::File;
@@ -30,9 +29,6 @@ use thiserror::Error;
 
 /// Most regions in a table: what GET_MAX_MEM_SLOTS answers (QEMU's own limit is 512).
 pub(super) const MAX_REGIONS: usize = 509;
-/// Largest page size that a region may be backed by.
-const MAX_PAGE: u64 = 1 << 30;
-const MIN_PAGE: u64 = 4096;
 
 /// Why guest memory was refused.
 #[derive(Debug, Error)]
@@ -93,61 +89,13 @@ pub struct RegionInfo {
     pub offset: u64,
 }
 
-/// A mapped range of this process; unmapped when the last table that has it goes.
-#[derive(Debug)]
-struct Mapping {
-    /// Address as a number: it becomes a pointer only where it is used, so that the type stays `Send`.
-    start: usize,
-    len: usize,
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        let start = std::ptr::with_exposed_provenance_mut(self.start);
-        // SAFETY: mapped by `Mapping::new` with this length, unmapped once; every user of an address inside holds
-        // the table that holds this mapping.
-        if let Err(error) = unsafe { rustix::mm::munmap(start, self.len) } {
-            log::warn!("munmap of guest memory: {error}");
-        }
-    }
-}
-
-impl Mapping {
-    /// Maps `size` bytes at `offset` of the file; also returns the address of that byte.
-    fn new(file: &File, offset: u64, size: u64) -> Result<(Self, usize), MemoryError> {
-        let stat = fstat(file).map_err(std::io::Error::from)?;
-        let end = offset.checked_add(size).ok_or(MemoryError::Size(offset))?;
-        let file_len = u64::try_from(stat.st_size).unwrap_or(0);
-        if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && end > file_len {
-            return Err(MemoryError::Short { size, offset, file: file_len });
-        }
-        // hugetlbfs wants offset and (on unmap) length in whole huge pages; st_blksize says how large they are.
-        let page = u64::try_from(stat.st_blksize).unwrap_or(MIN_PAGE);
-        let page = if page.is_power_of_two() { page.clamp(MIN_PAGE, MAX_PAGE) } else { MIN_PAGE };
-        let first = offset & !(page - 1);
-        let len = (end - first).checked_next_multiple_of(page).ok_or(MemoryError::Size(offset))?;
-        let len = usize::try_from(len).map_err(|_| MemoryError::Size(offset))?;
-        let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE);
-        // SAFETY: a new mapping at an address of the kernel's choice; nothing existing is replaced.
-        let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, prot, flags, file, first) }
-            .map_err(std::io::Error::from)?;
-        // SAFETY: advice on the mapping just made. A core dump need not hold the guest's memory.
-        if let Err(error) = unsafe { rustix::mm::madvise(start, len, Advice::LinuxDontDump) } {
-            log::debug!("madvise(DONTDUMP): {error}");
-        }
-        let start = start.expose_provenance();
-        let skip = usize::try_from(offset - first).map_err(|_| MemoryError::Size(offset))?;
-        Ok((Self { start, len }, start + skip))
-    }
-}
-
 #[derive(Debug, Clone)]
 struct Region {
     info: RegionInfo,
     /// Where byte `info.guest` is in this process.
     host: usize,
     /// Keeps it there.
-    _mapping: Arc<Mapping>,
+    mapping: Arc<Mapping>,
 }
 
 /// An immutable table of guest memory. The empty table has no address.
@@ -182,9 +130,13 @@ impl GuestMemory {
         if let Some(other) = self.regions.iter().find(overlaps) {
             return Err(MemoryError::Overlap(other.info.guest.max(info.guest)));
         }
-        let (mapping, host) = Mapping::new(file, info.offset, info.size)?;
+        let mapping = Mapping::new(file, info.offset, info.size).map_err(|error| match error {
+            MappingError::Map(error) => MemoryError::Map(error),
+            MappingError::Size => MemoryError::Size(info.guest),
+            MappingError::Short(file) => MemoryError::Short { size: info.size, offset: info.offset, file },
+        })?;
         let mut regions = self.regions.clone();
-        regions.push(Region { info, host, _mapping: Arc::new(mapping) });
+        regions.push(Region { info, host: mapping.host(), mapping: Arc::new(mapping) });
         regions.sort_by_key(|region| region.info.guest);
         Ok(Self { regions })
     }
@@ -203,6 +155,12 @@ impl GuestMemory {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
+    }
+
+    /// Whether memory of a region is gone, so that what is read there means nothing.
+    #[must_use]
+    pub(super) fn is_lost(&self) -> bool {
+        self.regions.iter().any(|region| region.mapping.is_lost())
     }
 
     /// Where `len` bytes at the front-end's virtual address `user` are in this process, if one region has them all.

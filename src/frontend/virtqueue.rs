@@ -8,12 +8,14 @@
 //! made available again while it is in flight is a broken driver.
 //!
 //! A broken ring stops popping for good: what is in flight is completed, the front-end's error event is signalled,
-//! and the reason is logged once. Resetting the device brings it back.
+//! and the reason is logged once. Resetting the device brings it back. Shared memory that is gone breaks a ring too:
+//! after everything that was read from it, and before it is acted on, comes a look at what is lost (`sigbus`).
 
 use super::dirty_log::DirtyLog;
 use super::inflight::{InflightQueue, InflightRegion};
 use super::memory::{GuestMemory, GuestRange, View};
 use super::ring_mem::{RingAddresses, RingError, RingMemory, fence};
+use super::sigbus;
 use super::virtio_blk::{Action, Chain, ID_BYTES};
 use crate::engine::IoBuf;
 use crate::volume::{Port, Rejected, Request, Status, Token, Volume};
@@ -25,6 +27,7 @@ use std::sync::Arc;
 const S_OK: u8 = 0;
 const S_IOERR: u8 = 1;
 const S_UNSUPP: u8 = 2;
+const LOST: &str = "shared memory is gone (its file was cut, or the host has no page for it)";
 
 /// All that the front-end has said about a ring. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -90,6 +93,10 @@ pub(super) struct Virtqueue {
     pending: Vec<Pending>,
     /// Heads in flight.
     outstanding: u32,
+    /// Count of lost pages at the last look at `setup`; none yet if `None`.
+    losses: Option<u64>,
+    /// Memory, log or in-flight region is lost.
+    lost: bool,
     /// Heads of a former life that must be done again first.
     again: VecDeque<u16>,
     inflight: Option<InflightQueue>,
@@ -132,6 +139,8 @@ impl Virtqueue {
             pending: (0..setup.size).map(|_| Pending::default()).collect(),
             setup,
             outstanding: 0,
+            losses: None,
+            lost: false,
             again,
             inflight,
             next_available,
@@ -158,6 +167,7 @@ impl Virtqueue {
         }
         let (size, inflight) = (self.setup.size, self.setup.inflight.take());
         self.setup = RingSetup { size, inflight, ..setup };
+        self.losses = None;
         Ok(())
     }
 
@@ -188,8 +198,10 @@ impl Virtqueue {
     }
 
     /// Whether the driver has made something available that is not popped.
-    pub(super) fn has_new(&self) -> bool {
-        !self.broken && self.ring.available_index() != self.next_available
+    pub(super) fn has_new(&mut self) -> bool {
+        let available = self.ring.available_index();
+        self.check_memory();
+        !self.broken && available != self.next_available
     }
 
     /// Whether nothing is in flight.
@@ -202,8 +214,29 @@ impl Virtqueue {
         self.broken || (self.again.is_empty() && self.next_available == end)
     }
 
+    /// Whether memory that the front-end shares is gone: what was read from it so far is not to be acted on.
+    fn is_lost(&mut self) -> bool {
+        let losses = sigbus::losses();
+        if self.losses != Some(losses) {
+            self.losses = Some(losses);
+            let setup = &self.setup;
+            self.lost |= setup.memory.is_lost()
+                || setup.log.as_ref().is_some_and(|log| log.is_lost())
+                || setup.inflight.as_ref().is_some_and(|region| region.is_lost());
+        }
+        self.lost
+    }
+
+    /// Breaks the ring if memory that it needs is gone.
+    fn check_memory(&mut self) {
+        if !self.broken && self.is_lost() {
+            self.fail(LOST);
+        }
+    }
+
     /// Pops and submits what is available, up to index `end`.
     pub(super) fn pop(&mut self, end: u16, device: &mut Device<'_>) {
+        self.check_memory();
         while !self.broken
             && let Some(head) = self.again.pop_front()
         {
@@ -236,6 +269,8 @@ impl Virtqueue {
     }
 
     fn fail(&mut self, reason: &str) {
+        // Garbage that comes from lost memory is no fault of the driver.
+        let reason = if self.is_lost() { LOST } else { reason };
         log::error!("queue {}: {reason}; the ring is stopped until the device is reset", self.index);
         self.broken = true;
         if let Some(error) = &self.setup.error {
@@ -245,7 +280,13 @@ impl Virtqueue {
 
     /// Parses a popped head and gives it to the volume.
     fn accept(&mut self, head: u16, device: &mut Device<'_>) {
-        let (action, status) = match self.chain.parse(&self.ring, &self.view, head) {
+        let parsed = self.chain.parse(&self.ring, &self.view, head);
+        // Zeros instead of what the driver wrote: index, head and chain could be anything, even an old request.
+        self.check_memory();
+        if self.broken {
+            return;
+        }
+        let (action, status) = match parsed {
             Ok(parsed) => parsed,
             Err(error) => return self.fail(&format!("head {head}: {error}")),
         };
@@ -353,8 +394,13 @@ impl Virtqueue {
 
     /// Writes the status byte, marks what was written, fills the used element.
     fn finish(&mut self, head: u16) {
+        // What was copied from or to lost memory is not what the driver meant.
+        let lost = self.is_lost();
         let Some(pending) = self.pending.get_mut(usize::from(head)) else { return };
         let Some(status) = pending.status.take() else { return };
+        if lost {
+            pending.result = pending.result.max(S_IOERR);
+        }
         status.copy_from(&[pending.result]);
         if let Some(log) = &self.setup.log {
             for range in &pending.written {
