@@ -10,9 +10,12 @@
 )]
 #![allow(unreachable_pub, reason = "modules of a test")]
 
+mod garbage;
 mod guest;
 mod io;
 mod malformed;
+mod malice;
 mod migration;
+mod raw;
 mod reconnect;
 mod rig;

@@ -32,12 +32,24 @@ pub struct Setup {
     pub read_only: bool,
     pub policy: Policy,
     pub drain_limit: Duration,
+    pub base: Option<PathBuf>,
+    pub chunk_size: Option<u32>,
+    /// Where the state directory is, if not beside the socket.
+    pub state: Option<PathBuf>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        let drain_limit = Duration::from_secs(20);
-        Self { size: 16 << 20, queues: 1, read_only: false, policy: Box::new(|_| None), drain_limit }
+        Self {
+            size: 16 << 20,
+            queues: 1,
+            read_only: false,
+            policy: Box::new(|_| None),
+            drain_limit: Duration::from_secs(20),
+            base: None,
+            chunk_size: None,
+            state: None,
+        }
     }
 }
 
@@ -132,8 +144,11 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 fn open_volume(dir: &TempDir, setup: &Setup) -> (Arc<Volume>, VolumeEvents) {
-    let params = StoreParams { size: Some(setup.size), ..StoreParams::default() };
-    let store = Store::open(&dir.path().join("state"), &params).unwrap();
+    let base = setup.base.as_ref().map(|path| path.display().to_string());
+    let (size, chunk_size) = (Some(setup.size), setup.chunk_size);
+    let params = StoreParams { base, size, chunk_size, ..StoreParams::default() };
+    let state = setup.state.clone().unwrap_or_else(|| dir.path().join("state"));
+    let store = Store::open(&state, &params).unwrap();
     let options = VolumeOptions { read_only: setup.read_only, write_cache: true };
     Volume::open(store, options, Box::new(|| {})).unwrap()
 }
