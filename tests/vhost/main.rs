@@ -10,6 +10,7 @@
 )]
 #![allow(unreachable_pub, reason = "modules of a test")]
 
+mod errors;
 mod garbage;
 mod guest;
 mod io;

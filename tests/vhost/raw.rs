@@ -164,16 +164,39 @@ pub fn new_region(guest: &mut Guest, queues: u16, ring: u16) {
     guest.link.set_inflight_fd(&region, file.as_raw_fd()).unwrap();
 }
 
+const CHILD: &str = "BLKFERRY_TEST_ALONE";
+
 /// For a test that must be alone in its process: in the process that it makes for that, this is `None`, and the test
 /// goes on; in the first one it is how the other ended.
 pub fn alone(name: &str) -> Option<ExitStatus> {
-    const CHILD: &str = "BLKFERRY_TEST_ALONE";
+    child(Command::new(std::env::current_exe().unwrap()), name)
+}
+
+/// As [`alone`], in a mount namespace of its own where it may mount what it likes; whatever it mounts goes with it.
+pub fn with_mounts(name: &str, options: &[&str]) -> Option<ExitStatus> {
+    let mut command = Command::new("unshare");
+    command.arg("--mount").args(options).arg(std::env::current_exe().unwrap());
+    child(command, name)
+}
+
+fn child(mut command: Command, name: &str) -> Option<ExitStatus> {
     if std::env::var_os(CHILD).is_some() {
         return None;
     }
-    let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([name, "--exact", "--nocapture"]).env(CHILD, "1").stdin(Stdio::null());
-    Some(command.status().unwrap())
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    println!("{}", String::from_utf8_lossy(&output.stdout));
+    println!("{}", String::from_utf8_lossy(&output.stderr));
+    Some(output.status)
+}
+
+/// Runs a program that must succeed; returns what it prints.
+pub fn sh(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output();
+    let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {} {error}", output.status);
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
 /// Memory of this process, in bytes.

@@ -122,6 +122,14 @@ impl Rig {
         wait_until(&format!("{signal:?}"), || self.count(signal) >= times);
     }
 
+    /// Ends it and waits until its state directory may be opened again.
+    pub fn close(mut self) {
+        drop(self.frontend.take());
+        let volume = Arc::clone(&self.volume);
+        drop(self);
+        wait_until("the end of the volume", || Arc::strong_count(&volume) == 1);
+    }
+
     /// Bytes of the disk, as the layer file has them.
     pub fn layer(&self, offset: u64, len: usize) -> Vec<u8> {
         use std::os::unix::fs::FileExt;
