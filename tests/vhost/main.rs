@@ -14,6 +14,7 @@ mod errors;
 mod garbage;
 mod guest;
 mod io;
+mod limits;
 mod malformed;
 mod malice;
 mod migration;
