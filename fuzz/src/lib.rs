@@ -2,7 +2,8 @@
 //! Bodies of fuzz targets: what bytes of a stranger may do to the decoders, as functions that any fuzzer can call.
 //!
 //! Each takes arbitrary bytes and panics when a decoder is wrong: when it panics itself, when it takes bytes that the
-//! encoder would write differently, or when it asks for a length above the limits. They stand in a library so that
+//! encoder would write differently, when it asks for a length above the limits, or when it reaches out of the guest's
+//! memory. They stand in a library so that
 //! an ordinary test runs them on a seeded corpus everywhere, and a coverage-guided fuzzer needs one line for each.
 
 use blkferry::wire::WireError;
@@ -51,6 +52,10 @@ pub fn payload(data: &[u8]) {
     }
     frame(&whole);
 }
+
+mod chain;
+
+pub use chain::chain;
 
 #[cfg(test)]
 mod tests {
