@@ -224,7 +224,7 @@ async fn build(config: Config, store: Store, plumbing: Plumbing) -> Result<Node,
     let recorded = store.record.load();
     // An adopted image is a disk already.
     let fresh = superblock.layer_path.is_none();
-    let options = VolumeOptions { read_only: config.read_only, write_cache: true };
+    let options = VolumeOptions { read_only: config.read_only, write_cache: !superblock.write_through };
     let waker = inputs.clone();
     let dirty = Box::new(move || drop(waker.send(Input::Wrote)));
     let (volume, events) = Volume::open(store, options, dirty).map_err(NodeError::Volume)?;

@@ -70,7 +70,6 @@ impl Node {
             self.volume.flush_gate().close();
         }
         if owner {
-            self.volume.set_write_cache(record.write_cache);
             self.report.granted();
         }
         let facts = self.facts(false, false);

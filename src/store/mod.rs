@@ -210,6 +210,20 @@ impl Store {
         Ok(())
     }
 
+    /// Remembers the guest's cache mode, durably: no hypervisor says it again to a daemon that was started anew. Blocks.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]; what was remembered before then stands.
+    pub fn set_write_through(&self, on: bool) -> Result<(), StoreError> {
+        let mut superblock = self.superblock.lock();
+        if superblock.write_through != on {
+            let changed = Superblock { write_through: on, ..superblock.clone() };
+            changed.save(self.state.folder().as_ref())?;
+            *superblock = changed;
+        }
+        Ok(())
+    }
+
     /// Forgets all content, durably: every chunk is `Base`, the layer is one hole, there is no remaining set and no
     /// handoff. For a destination whose migration was cancelled; the caller has stopped all I/O, and empties its own
     /// table. Blocks.
@@ -354,6 +368,7 @@ fn create(
         size,
         chunk_size: geometry.chunk_size(),
         read_only: false,
+        write_through: false,
         base: base.as_ref().map(|base| base.identity().clone()).unwrap_or_default(),
         base_url: params.base.clone(),
         serial: params.serial.clone(),

@@ -68,6 +68,17 @@ fn a_volume_is_made_and_found_again() {
 }
 
 #[test]
+fn the_guests_cache_mode_survives_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = || Store::open(dir.path(), &sized(CHUNK)).unwrap();
+    assert!(!open().superblock().write_through);
+    for on in [true, false] {
+        open().set_write_through(on).unwrap();
+        assert_eq!(open().superblock().write_through, on);
+    }
+}
+
+#[test]
 fn a_directory_has_one_daemon_at_a_time() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), &sized(CHUNK)).unwrap();

@@ -22,6 +22,7 @@ const VERSION: u32 = 1;
 const MAX_PATH: usize = 4096;
 const LONGEST: usize = 16 << 10;
 const READ_ONLY: u32 = 1;
+const WRITE_THROUGH: u32 = 2;
 
 /// What a state directory holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +37,8 @@ pub struct Superblock {
     pub chunk_size: u32,
     /// The disk that was taken over from a source is read-only for the guest.
     pub read_only: bool,
+    /// The guest has set its write cache to write-through.
+    pub write_through: bool,
     /// The base image; length 0 when there is none.
     pub base: BaseIdentity,
     /// Where the base image is, as it was given last.
@@ -57,7 +60,8 @@ impl Superblock {
 
     fn encode(&self) -> io::Result<Vec<u8>> {
         let mut out = Writer::default();
-        let flags = if self.read_only { READ_ONLY } else { 0 };
+        let flag = |on: bool, bit: u32| if on { bit } else { 0 };
+        let flags = flag(self.read_only, READ_ONLY) | flag(self.write_through, WRITE_THROUGH);
         out.bytes(&MAGIC).u32(VERSION).u32(flags).bytes(&self.store.0).bytes(&self.volume.0);
         out.u64(self.size).u32(self.chunk_size).u32(0).u64(self.base.length).bytes(&self.base.digest);
         out.text(self.base_url.as_deref().unwrap_or_default().as_bytes(), MAX_PATH)?;
@@ -77,7 +81,7 @@ impl Superblock {
         let base_url = std::str::from_utf8(input.text(MAX_PATH)?).ok()?;
         let serial = std::str::from_utf8(input.text(crate::config::MAX_SERIAL)?).ok()?;
         let layer_path = input.text(MAX_PATH)?;
-        if !input.is_empty() || flags & !READ_ONLY != 0 {
+        if !input.is_empty() || flags & !(READ_ONLY | WRITE_THROUGH) != 0 {
             return None;
         }
         Some(Self {
@@ -86,6 +90,7 @@ impl Superblock {
             size,
             chunk_size,
             read_only: flags & READ_ONLY != 0,
+            write_through: flags & WRITE_THROUGH != 0,
             base,
             base_url: (!base_url.is_empty()).then(|| base_url.to_owned()),
             serial: serial.to_owned(),
@@ -151,6 +156,7 @@ mod tests {
             size: 1 << 30,
             chunk_size: 256 << 10,
             read_only: true,
+            write_through: true,
             base: BaseIdentity { length: 512, digest: [5; 32] },
             base_url: Some("file:///base.img".into()),
             serial: "blkferry".into(),
@@ -166,6 +172,7 @@ mod tests {
             let mut one = sample();
             if !with {
                 (one.base_url, one.layer_path, one.read_only) = (None, None, false);
+                one.write_through = false;
             }
             one.save(&disk).unwrap();
             assert_eq!(Superblock::load(&disk).unwrap(), Some(one));

@@ -194,9 +194,17 @@ impl Volume {
     }
 
     /// Switches between write-back and write-through, for requests that end from now on. What was completed under
-    /// write-back before becomes durable with the next flush.
+    /// write-back before becomes durable with the next flush. The mode is durable when this returns: after a restart of
+    /// the daemon the guest still believes in it, and under write-through it sends no flush. Blocks.
     pub fn set_write_cache(&self, on: bool) {
-        self.write_cache.store(on, Ordering::Release);
+        if !on {
+            self.write_cache.store(false, Ordering::Release);
+        }
+        match self.store.set_write_through(!on) {
+            Ok(()) => self.write_cache.store(on, Ordering::Release),
+            // Write-through holds until the daemon ends, in either direction; what holds then is not known.
+            Err(error) => self.fail(&format!("the write-cache mode cannot be made durable: {error}")),
+        }
     }
 
     /// Wakes all queue threads.

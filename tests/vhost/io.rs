@@ -79,6 +79,8 @@ fn the_configuration_tells_size_and_limits() {
     guest.link.set_config(32, flags, &[0]).unwrap();
     assert_eq!(guest.config(32, 1), [0]);
     assert!(!rig.volume.write_cache());
+    // A daemon that is started again must know it: the guest sends no flush, and the hypervisor does not say it again.
+    assert!(rig.volume.store().superblock().write_through);
     assert_eq!(guest.ask(0, &Ask::Out(0, &pattern(4096, 4))).status, OK);
     guest.link.set_config(8, flags, &[1, 2, 3]).unwrap();
     rig.wait_for(&blkferry::frontend::signal::HypervisorSignal::WriteCache(false), 1);
