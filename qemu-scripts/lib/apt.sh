@@ -21,7 +21,7 @@ apt_private() {
     local tool="$1"
     shift
     "$tool" -qq -o Dir::Etc::sourcelist="$APT_DIR/sources.list" -o Dir::Etc::sourceparts=/dev/null \
-        -o Dir::State::status="$APT_DIR/status" -o Dir::State::lists="$APT_DIR/lists" -o Dir::Cache="$APT_DIR" \
+        -o Dir::State::status="$APT_DIR/${APT_STATUS:-status}" -o Dir::State::lists="$APT_DIR/lists" -o Dir::Cache="$APT_DIR" \
         -o Debug::NoLocking=1 -o APT::Sandbox::User="$(id -un)" -o Acquire::Languages=none \
         -o Acquire::Retries=2 -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false \
         -o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false "$@"
@@ -86,4 +86,21 @@ fetch_closure() {
         return 1
     }
     unpack "$name" "$APT_DIR"/archives/*.deb
+}
+
+# fetch_alone NAME SUITE PACKAGE..: packages and all that they need down to the C library, as if this machine had
+# nothing installed, as $CACHE/NAME: a tree that runs anywhere, also in a guest. What only people read is left out.
+fetch_alone() {
+    local name="$1" suite="$2"
+    shift 2
+    [ ! -d "$CACHE/$name" ] || return 0
+    apt_refresh
+    say "fetching $* from $suite, with all that they need"
+    rm -rf "$APT_DIR"/archives/*.deb
+    : > "$APT_DIR/nothing"
+    APT_STATUS=nothing apt_private apt-get install --download-only -y --no-install-recommends -t "$suite" "$@" \
+        >> "$LOG" 2>&1 || return 1
+    unpack "$name.all" "$APT_DIR"/archives/*.deb || return 1
+    rm -rf "$CACHE/$name.all/usr/share" "$APT_DIR"/archives/*.deb
+    mv "$CACHE/$name.all" "$CACHE/$name"
 }

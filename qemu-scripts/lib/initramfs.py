@@ -10,6 +10,8 @@ import lzma
 import os
 import pathlib
 
+from tree import Tree
+
 MODULES = ["virtio_ring", "virtio", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk",
            "virtio_console"]
 S_DIR, S_FILE, S_CHAR = 0o040755, 0o100755, 0o020600
@@ -48,16 +50,31 @@ def find_module(root, name):
     raise SystemExit(f"no module {name} under {root}")
 
 
+def add_programs(cpio, tree, programs):
+    """Programs of a tree, with the loader and the libraries that they need, in the folders where it looks by itself."""
+    files = {tree.LOADER: tree.path(tree.LOADER)}
+    for program in programs:
+        files["tools/" + os.path.basename(program)] = tree.path(program)
+        files.update((f"lib/{name}", path) for name, path in tree.libraries(program).items())
+    for folder in ["tools", "lib", os.path.dirname(tree.LOADER)]:
+        cpio.add(folder, S_DIR)
+    for name, path in sorted(files.items()):
+        cpio.add(name, S_FILE, pathlib.Path(path).read_bytes())
+
+
 def initramfs(args):
     cpio = Cpio()
-    for folder in ["bin", "dev", "proc", "sys", "modules"]:
+    for folder in ["bin", "dev", "mnt", "proc", "sys", "tmp", "modules"]:
         cpio.add(folder, S_DIR)
     cpio.add("dev/console", S_CHAR, device=(5, 1))
     cpio.add("init", S_FILE, pathlib.Path(args.init).read_bytes())
     cpio.add("bin/busybox", S_FILE, pathlib.Path(args.busybox).read_bytes())
-    cpio.add("bin/writer", S_FILE, pathlib.Path(args.writer).read_bytes())
+    for file in args.file:
+        cpio.add("bin/" + os.path.basename(file), S_FILE, pathlib.Path(file).read_bytes())
     for name in MODULES:
         cpio.add(f"modules/{name}.ko", S_FILE, find_module(args.modules, name))
+    if args.tools:
+        add_programs(cpio, Tree(args.tools), args.program)
     return cpio.close()
 
 
@@ -69,8 +86,11 @@ def write(path, data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ["out", "init", "busybox", "modules", "writer"]:
+    for name in ["out", "init", "busybox", "modules"]:
         parser.add_argument("--" + name, required=True)
+    parser.add_argument("--file", action="append", default=[], help="one more file for /bin")
+    parser.add_argument("--tools", help="a tree of Debian packages")
+    parser.add_argument("--program", action="append", default=[], help="a program of that tree, for /tools")
     args = parser.parse_args()
     write(args.out, initramfs(args))
 
