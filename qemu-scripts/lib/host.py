@@ -32,7 +32,8 @@ def free_port():
 
 
 class Site:
-    def __init__(self, tools, root, name, base, size, listen, bandwidth=None, extra=()):
+    def __init__(self, tools, root, name, base, size, listen, bandwidth=None, queues=2,
+                 extra=()):
         self.tools, self.name = tools, name
         self.folder = os.path.join(root, name)
         os.makedirs(os.path.join(self.folder, "state"))
@@ -41,7 +42,9 @@ class Site:
         self.log = os.path.join(self.folder, "blkferryd.log")
         self.address = f"127.0.0.1:{free_port()}"
         self.argv = [tools["BLKFERRYD"], "--socket-path", self.vhost, "--state-dir", os.path.join(self.folder, "state"),
-                     "--base", base, "--size", str(size), "--api-socket", self.api, "--num-queues", "2"]
+                     "--size", str(size), "--api-socket", self.api, "--num-queues", str(queues)]
+        if base:
+            self.argv += ["--base", base]
         if listen:
             self.argv += ["--listen", self.address]
         if bandwidth:

@@ -11,10 +11,12 @@ MEMORY_KIB = 192 << 10
 
 
 class Machine:
-    def __init__(self, tools, folder, name, vhost_socket, mode, args, incoming=False, paused=False, second_disk=None):
+    def __init__(self, tools, folder, name, vhost_socket, mode, args, incoming=False, paused=False, second_disk=None,
+                 cpus=1, memory_kib=MEMORY_KIB, disk_options="num-queues=2"):
         """`mode` and `args` are the writer's, `incoming` makes a migration's destination, which with `paused` does
-        not start the guest by itself (as libvirt does it)."""
-        self.tools, self.name = tools, name
+        not start the guest by itself (as libvirt does it). Mode `shell` boots the guest with the tools."""
+        self.tools, self.name, self.cpus, self.memory_kib = tools, name, cpus, memory_kib
+        self.disk_options, self.initrd = disk_options, tools["TOOLS_INITRD" if mode == "shell" else "INITRD"]
         self.path = lambda suffix: os.path.join(folder, f"{name}.{suffix}")
         self.uri = "unix:" + self.path("mig")
         argv = [tools["QEMU"]] + self.board(mode, args) + self.ports() + self.disk(vhost_socket)
@@ -45,16 +47,21 @@ class Machine:
         """Guest memory in KiB. QEMU before 9.0 loses guest writes when it migrates an emulated CPU: where a memory
         block is a multiple of 64 pages, it clears dirty bits without telling the CPU's TLB. One guest in fifteen died
         of it here, with a plain virtio-blk disk too. An odd size keeps QEMU on the path that works."""
-        return MEMORY_KIB if self.version() >= (9, 0) else MEMORY_KIB + 8
+        return self.memory_kib if self.version() >= (9, 0) else self.memory_kib + 8
+
+    def accelerator(self):
+        """CPUs take turns: with a thread for each, one can use a memory map that another has just replaced, and QEMU
+        ends by an assertion (iotlb_to_section) while the guest sets up its PCI devices."""
+        return "tcg" if self.cpus == 1 else "tcg,thread=single"
 
     def board(self, mode, args):
         firmware = [word for folder in self.tools["QEMU_FIRMWARE"].split(":") if folder for word in ("-L", folder)]
         words = ",".join(f"--{key}={value}" for key, value in args.items())
         return firmware + [
-            "-nodefaults", "-no-user-config", "-display", "none", "-M", "q35,accel=tcg", "-cpu", "max",
-            "-smp", "1", "-m", f"{self.memory()}K",
+            "-nodefaults", "-no-user-config", "-display", "none", "-M", "q35", "-accel", self.accelerator(),
+            "-cpu", "max", "-smp", str(self.cpus), "-m", f"{self.memory()}K",
             "-object", f"memory-backend-memfd,id=mem,size={self.memory()}K,share=on", "-numa", "node,memdev=mem",
-            "-kernel", self.tools["KERNEL"], "-initrd", self.tools["INITRD"],
+            "-kernel", self.tools["KERNEL"], "-initrd", self.initrd,
             "-append", f"console=ttyS0 quiet panic=1 blkferry.mode={mode} blkferry.args={words}",
         ]
 
@@ -74,7 +81,7 @@ class Machine:
         reconnect = "reconnect-ms=200" if self.version() >= (9, 2) else "reconnect=1"
         return [
             "-chardev", f"socket,id=disk,path={vhost_socket},{reconnect}",
-            "-device", "vhost-user-blk-pci,chardev=disk,num-queues=2,addr=6",
+            "-device", f"vhost-user-blk-pci,chardev=disk,{self.disk_options},addr=6",
         ]
 
     def migration_status(self):

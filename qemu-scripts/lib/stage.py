@@ -24,9 +24,9 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def provide_tools(qemu):
+def provide_tools(qemu, *more):
     """Provisions and builds; returns the paths of everything that is run. BLKFERRY_BIN_DIR names ready binaries."""
-    words = [os.path.join(SCRIPTS, "provision")] + (["--qemu", qemu] if qemu else [])
+    words = [os.path.join(SCRIPTS, "provision"), *(["--qemu", qemu] if qemu else []), *more]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise Failure("provisioning did not work")
