@@ -158,6 +158,19 @@ impl Geometry {
         Ok(geometry)
     }
 
+    /// The same chunks in a volume of another size.
+    ///
+    /// # Errors
+    /// A [`GeometryError`] that names the size that cannot be.
+    pub fn resized(&self, size: u64) -> Result<Self, GeometryError> {
+        Self::new(size, self.chunk_size())
+    }
+
+    /// As [`resized`](Self::resized), for a size that was checked before.
+    pub(crate) fn with_size(self, size: u64) -> Self {
+        Self { size, ..self }
+    }
+
     /// Size of the volume in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {

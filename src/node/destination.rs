@@ -30,7 +30,7 @@ pub(super) struct DestinationDriver {
 impl Node {
     fn facts(&self, virgin: bool, released: bool) -> LocalFacts {
         LocalFacts {
-            geometry: *self.volume.geometry(),
+            geometry: self.volume.geometry(),
             base: self.base.clone(),
             virtio_features: self.device_features,
             queues: self.config.num_queues,

@@ -91,7 +91,7 @@ impl Node {
             read_bytes: totals.read_bytes,
             written_bytes: totals.written_bytes,
         };
-        let geometry = *self.volume.geometry();
+        let geometry = self.volume.geometry();
         VolumeStatus {
             id: hex(&self.volume_id.0),
             size: geometry.size(),

@@ -72,13 +72,13 @@ impl Node {
         let migration = MigrationId(*uuid::Uuid::new_v4().as_bytes());
         self.jobs.begin_run();
         // Tracking first, then the copy of the modified set: a write in between is then seen twice, never missed.
-        self.volume.tracker().arm();
+        self.volume.tracker().arm(self.volume.geometry().chunk_count());
         let params =
             self.arm_params(migration, destination, strategy, threshold, request.start == StartMode::Now);
         let modified: Vec<_> = self.transfer.modified_chunks().iter().collect();
         let hot: Vec<_> = self.transfer.local_chunks().iter().take(MAX_HOT_BASE).collect();
         self.report.begin_source(migration, &params.destination, request.strategy, threshold);
-        self.report.modified(self.volume.geometry(), &modified);
+        self.report.modified(&self.volume.geometry(), &modified);
         log::info!(
             "migration to {} armed: {} modified chunks, {} hot chunks of the base image",
             params.destination,
@@ -96,7 +96,7 @@ impl Node {
     /// Goes on with a migration that a record tells of.
     pub(super) fn resume_source(&mut self, record: &SourceRecord, same_boot: bool) {
         self.jobs.begin_run();
-        self.volume.tracker().arm();
+        self.volume.tracker().arm(self.volume.geometry().chunk_count());
         let strategy = Strategy::from_number(record.strategy).unwrap_or(Strategy::Hybrid);
         let params =
             self.arm_params(record.migration, record.destination.clone(), strategy, record.threshold, true);
@@ -105,7 +105,7 @@ impl Node {
             && matches!(record.stage, SourceStage::Offered | SourceStage::Relinquished { synced: false });
         let name = StrategyName::from(strategy);
         self.report.begin_source(record.migration, &record.destination, name, record.threshold);
-        self.report.modified(self.volume.geometry(), &modified);
+        self.report.modified(&self.volume.geometry(), &modified);
         let dial = self.dial(DEFAULT_CONNECTIONS, self.config.bandwidth);
         let session = SourceSession::resume(self.now(), params, record, self.epoch, modified, data_lost);
         log::info!("migration to {} goes on: {:?}", record.destination, record.stage);

@@ -98,6 +98,38 @@ pub enum StoreError {
     Base(#[from] BaseError),
 }
 
+/// Why a volume was not made larger; it serves on with the size that it had.
+#[derive(Debug, Error)]
+pub enum GrowError {
+    /// A volume only grows: what lies past its end would be lost.
+    #[error(
+        "the volume has {have} bytes and cannot be made smaller ({asked}): what is past the new end would be lost"
+    )]
+    Shrink {
+        /// Its size.
+        have: u64,
+        /// What was asked for.
+        asked: u64,
+    },
+    /// No volume can have this size.
+    #[error(transparent)]
+    Geometry(#[from] GeometryError),
+    /// The layer's file cannot be longer.
+    #[error("cannot make {} longer: {source}", path.display())]
+    Extend {
+        /// The file.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The layer cannot be synced: what was written to it before may be lost too.
+    #[error("the layer cannot be synced: {0}")]
+    Sync(io::Error),
+    /// The superblock cannot be written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
 impl StoreError {
     /// Wraps an I/O error: `map_err(StoreError::io("read", path))`.
     pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {

@@ -5,17 +5,21 @@
 //! needs no other structure, and an adopted image stays a plain image that any other program can read. Holes are
 //! needed (`Zero` is one), so a file system that cannot punch them is refused at once and not at the first discard.
 
-use super::error::StoreError;
+use super::error::{GrowError, StoreError};
 use crate::config::CacheMode;
 use crate::engine::DirectFile;
-use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
+use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek};
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Name of the file in the state directory.
 pub(super) const NAME: &str = "layer";
+/// No file system has larger blocks.
+const BORDER: u64 = 64 << 10;
 
 /// Longest wait for the I/O of a daemon that was killed.
 const LOCK_WAIT: Duration = Duration::from_secs(5);
@@ -26,8 +30,23 @@ pub struct Layer {
     file: File,
     direct: Option<DirectFile>,
     path: PathBuf,
-    size: u64,
+    size: AtomicU64,
     adopted: bool,
+}
+
+/// Whether the file has nothing but zeros from `end` on.
+fn is_empty_from(file: &File, end: u64, len: u64) -> io::Result<bool> {
+    // What file systems call data begins at one of their blocks: look at the bytes up to the next border.
+    let border = end.next_multiple_of(BORDER).min(len);
+    let mut bytes = vec![0; usize::try_from(border - end).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, end)?;
+    if bytes.iter().any(|byte| *byte != 0) {
+        return Ok(false);
+    }
+    match seek(file, SeekFrom::Data(border)) {
+        Err(rustix::io::Errno::NXIO) => Ok(true),
+        found => Ok(found? >= len),
+    }
 }
 
 impl Layer {
@@ -38,7 +57,8 @@ impl Layer {
         file.set_len(size).and_then(|()| file.sync_all()).map_err(StoreError::io("grow", path))
     }
 
-    /// Opens a layer that must have `size` bytes.
+    /// Opens a layer that must have `size` bytes. One that is longer is what a crash leaves of a growth, if nothing is in
+    /// the rest; then that is cut off.
     pub(super) fn open(path: &Path, size: u64, adopted: bool, cache: CacheMode) -> Result<Self, StoreError> {
         let file =
             OpenOptions::new().read(true).write(true).open(path).map_err(StoreError::io("open", path))?;
@@ -47,15 +67,30 @@ impl Layer {
         if !metadata.is_file() {
             return Err(refuse("it is not a regular file".to_owned()));
         }
-        if metadata.len() != size {
-            return Err(refuse(format!("it has {} bytes, the volume has {size}", metadata.len())));
-        }
         if !lock(&file) {
             let detail = "another daemon uses it, or the last one was killed and its I/O has not ended yet";
             return Err(refuse(detail.to_owned()));
         }
+        let len = metadata.len();
+        let sound = match len.cmp(&size) {
+            std::cmp::Ordering::Less => false,
+            std::cmp::Ordering::Equal => true,
+            std::cmp::Ordering::Greater => {
+                is_empty_from(&file, size, len).map_err(StoreError::io("examine", path))?
+            }
+        };
+        if !sound {
+            return Err(refuse(format!("it has {len} bytes, the volume has {size}")));
+        }
+        if len > size {
+            log::warn!(
+                "{}: cut back from {len} to {size} bytes: a growth did not come to its end",
+                path.display()
+            );
+            file.set_len(size).and_then(|()| file.sync_all()).map_err(StoreError::io("cut", path))?;
+        }
         let direct = open_direct(path, true, cache)?;
-        let layer = Self { file, direct, path: path.to_owned(), size, adopted };
+        let layer = Self { file, direct, path: path.to_owned(), size: AtomicU64::new(size), adopted };
         // Past the end: this asks whether holes are possible and changes nothing.
         layer
             .punch(size, 4096)
@@ -94,7 +129,23 @@ impl Layer {
     /// Size of the volume, and of the file, in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Makes the file longer, by a hole, durably. [`size`](Self::size) stays as it is until
+    /// [`grown`](Self::grown). Blocks.
+    ///
+    /// # Errors
+    /// [`GrowError::Extend`], [`GrowError::Sync`]
+    pub(super) fn extend(&self, size: u64) -> Result<(), GrowError> {
+        let extend = |source| GrowError::Extend { path: self.path.clone(), source };
+        self.file.set_len(size).map_err(extend)?;
+        self.file.sync_all().map_err(GrowError::Sync)
+    }
+
+    /// The volume has this size now.
+    pub(super) fn grown(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
     }
 
     /// Whether it is an image that was there before the volume.

@@ -30,7 +30,7 @@ use crate::core::message::{Epoch, Version};
 use parking_lot::Mutex;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// A journal longer than this many bytes asks for a rotation.
 pub const ROTATE_AT: u64 = 8 << 20;
@@ -40,6 +40,7 @@ pub const ROTATE_AT: u64 = 8 << 20;
 pub(super) struct Owner {
     pub(super) store: StoreId,
     pub(super) boot: BootId,
+    /// Number of chunks when the map is made or opened.
     pub(super) chunks: u32,
 }
 
@@ -95,6 +96,8 @@ impl Active {
 pub struct ChunkMap {
     folder: Arc<dyn Folder>,
     owner: Owner,
+    /// Number of chunks now; changes under `rotating`.
+    chunks: AtomicU32,
     active: Mutex<Active>,
     /// Held for the time of a commit's sync, so that notes need not wait for it.
     committing: Mutex<()>,
@@ -163,6 +166,7 @@ impl ChunkMap {
         let map = Self {
             folder: Arc::clone(folder),
             owner,
+            chunks: AtomicU32::new(owner.chunks),
             active: Mutex::new(active),
             committing: Mutex::new(()),
             rotating: Mutex::new(()),
@@ -244,6 +248,14 @@ impl ChunkMap {
         active.handoff_from = active.noted;
     }
 
+    /// The volume has `chunks` chunks from now on, the new ones `Base`. Call it when the superblock says so durably, and
+    /// before anything is noted of a new chunk: a rotation that is under way would leave that note out, so it is waited
+    /// for. Nothing is written: what a checkpoint does not cover is `Base`.
+    pub(super) fn grow(&self, chunks: u32) {
+        let _no_rotation = self.rotating.lock();
+        self.chunks.fetch_max(chunks, Ordering::SeqCst);
+    }
+
     /// Says whether versions matter (at a destination they are the source's, and are told again after a restart). If
     /// not, checkpoints leave them out, and many more neighbours are alike.
     pub fn keep_versions(&self, keep: bool) {
@@ -270,7 +282,7 @@ impl ChunkMap {
         sync_layer: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
         let keep = self.keep_versions.load(Ordering::SeqCst);
-        let runs = (0..self.owner.chunks).map(|n| {
+        let run = |n| {
             let mut one = record(ChunkId(n));
             if !keep {
                 one.version = Version(0);
@@ -282,8 +294,8 @@ impl ChunkMap {
                 ));
             }
             Ok(Run::from(one))
-        });
-        self.replace(runs, sync_layer)
+        };
+        self.replace(|chunks| (0..chunks).map(run), sync_layer)
     }
 
     /// Begins anew with all chunks in `Base` and no handoff, durably.
@@ -292,13 +304,12 @@ impl ChunkMap {
     /// The kernel's.
     pub(super) fn reset(&self) -> io::Result<()> {
         self.set_handoff(Epoch(0));
-        let whole = std::iter::once(Ok(Run::whole(self.owner.chunks, ChunkState::Base)));
-        self.replace(whole, || Ok(()))
+        self.replace(|chunks| std::iter::once(Ok(Run::whole(chunks, ChunkState::Base))), || Ok(()))
     }
 
-    fn replace(
+    fn replace<R: Iterator<Item = io::Result<Run>>>(
         &self,
-        runs: impl Iterator<Item = io::Result<Run>>,
+        runs: impl FnOnce(u32) -> R,
         sync_layer: impl FnOnce() -> io::Result<()>,
     ) -> io::Result<()> {
         let _one_at_a_time = self.rotating.lock();
@@ -314,10 +325,10 @@ impl ChunkMap {
             (active.seq + 1, active.handoff)
         };
         // Notes go to the new journal now, so the copy has all that the old one has.
-        let (store, chunks) = (self.owner.store, self.owner.chunks);
+        let (store, chunks) = (self.owner.store, self.chunks.load(Ordering::SeqCst));
         let header = checkpoint::Header { generation, store, chunks, handoff, first_seq };
         let mut upto = 0;
-        checkpoint::write(folder, &header, runs, || {
+        checkpoint::write(folder, &header, runs(chunks), || {
             upto = self.position();
             sync_layer()
         })?;
@@ -384,6 +395,11 @@ impl Generations {
         let header = checkpoint::read(file.as_ref(), &path, owner.chunks, |run| runs.push(run))?;
         if header.store != owner.store || header.generation != base {
             return Err(StoreError::foreign(&path, "belongs to another volume or generation"));
+        }
+        if header.chunks < owner.chunks {
+            // The volume has grown since.
+            let (first, count) = (ChunkId(header.chunks), owner.chunks - header.chunks);
+            runs.push(Run { first, count, ..Run::whole(count, ChunkState::Base) });
         }
         let journals = self.read_journals(folder, owner, base)?;
         let host_crashed = journals.iter().any(|(journal, _)| journal.header.boot != owner.boot);

@@ -33,7 +33,7 @@ mod state_dir;
 mod superblock;
 
 pub use base::{BaseError, BaseImage, BoxFuture, LocalFile};
-pub use error::StoreError;
+pub use error::{GrowError, StoreError};
 pub use layer::Layer;
 pub use map::{ChunkMap, ROTATE_AT, Recovered};
 pub use record::RecordFile;
@@ -115,6 +115,8 @@ pub struct Store {
     /// The chunk map as it was found when the store was opened.
     pub recovered: Recovered,
     superblock: Mutex<Superblock>,
+    growing: Mutex<()>,
+    /// As it was opened.
     geometry: Geometry,
     /// Holds the lock: dropped last.
     state: StateDir,
@@ -122,7 +124,7 @@ pub struct Store {
 
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Store({}, {} bytes)", self.state.path().display(), self.geometry.size())
+        write!(f, "Store({}, {} bytes)", self.state.path().display(), self.layer.size())
     }
 }
 
@@ -171,13 +173,46 @@ impl Store {
         let (map, recovered) =
             ChunkMap::open(state.folder(), owner, |found| settle(&layer, &geometry, found))?;
         let record = RecordFile::open(state.folder().as_ref(), boot)?;
-        Ok(Self { layer, map, record, base, recovered, superblock: Mutex::new(superblock), geometry, state })
+        Ok(Self {
+            layer,
+            map,
+            record,
+            base,
+            recovered,
+            superblock: Mutex::new(superblock),
+            growing: Mutex::new(()),
+            geometry,
+            state,
+        })
     }
 
-    /// Size and chunk size.
+    /// Size and chunk size, as they are now.
     #[must_use]
     pub fn geometry(&self) -> Geometry {
-        self.geometry
+        self.geometry.resized(self.layer.size()).unwrap_or(self.geometry)
+    }
+
+    /// Makes the volume larger, durably: the layer, the superblock, then the chunk map in memory. The new bytes are zeros.
+    /// `prepare` is called when all of that is durable, and before the map takes notes of new chunks; nobody may use
+    /// one before this has returned. Blocks for a sync of the layer.
+    ///
+    /// # Errors
+    /// [`GrowError`]: the size is what it was; call it again, also for another size.
+    pub fn grow(&self, size: u64, prepare: impl FnOnce(&Geometry)) -> Result<Geometry, GrowError> {
+        let _one_at_a_time = self.growing.lock();
+        let have = self.layer.size();
+        if size < have {
+            return Err(GrowError::Shrink { have, asked: size });
+        }
+        let geometry = self.geometry.resized(size)?;
+        if size > have {
+            let folder = self.state.folder().as_ref();
+            Superblock::grow(&self.superblock, folder, size, |size| self.layer.extend(size))?;
+            prepare(&geometry);
+            self.map.grow(geometry.chunk_count());
+            self.layer.grown(size);
+        }
+        Ok(geometry)
     }
 
     /// The state directory.
@@ -262,7 +297,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`]: unreadable or damaged.
     pub fn load_remaining(&self) -> Result<Option<(Epoch, Vec<RemainingRun>)>, StoreError> {
-        remaining::load(self.state.folder().as_ref(), self.geometry.chunk_count())
+        remaining::load(self.state.folder().as_ref(), self.geometry().chunk_count())
     }
 }
 
@@ -282,8 +317,12 @@ fn check_params(dir: &Path, found: &Superblock, params: &StoreParams) -> Result<
     let refuse = |what, have: String, asked: String, hint| {
         Err(StoreError::Mismatch { path: dir.to_owned(), what, have, asked, hint })
     };
-    if let Some(size) = params.size.filter(|size| *size != found.size) {
-        let hint = "leave out --size; an existing volume is not resized in this version";
+    if let Some(size) = params.size.filter(|size| *size < found.size) {
+        // The daemon of a volume that has grown is started with the arguments that it always had.
+        log::warn!("--size {size} is less than the volume has: it keeps its {} bytes", found.size);
+    }
+    if let Some(size) = params.size.filter(|size| *size > found.size) {
+        let hint = "leave out --size; a volume grows while it is served (blkferry resize)";
         return refuse("size", found.size.to_string(), size.to_string(), hint);
     }
     if let Some(size) = params.chunk_size.filter(|size| *size != found.chunk_size) {
@@ -385,6 +424,9 @@ fn create(
     superblock.save(state.folder().as_ref())?;
     Ok((superblock, base))
 }
+
+#[cfg(test)]
+mod growth_tests;
 
 #[cfg(test)]
 #[path = "store_tests.rs"]

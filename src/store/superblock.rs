@@ -9,6 +9,7 @@ use super::error::StoreError;
 use super::medium::{Folder, read_all, replace};
 use crate::core::geometry::{Geometry, GeometryError};
 use crate::core::message::{BaseIdentity, VolumeId};
+use parking_lot::Mutex;
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -140,6 +141,29 @@ impl Superblock {
             replace(folder, NAME, |file| file.write_at(&bytes, 0))
         };
         write().map_err(StoreError::io("write", &folder.path(NAME)))
+    }
+}
+
+impl Superblock {
+    /// The steps of a growth: the layer is made longer first (`extend`, durably), then the superblock says so, durably. A
+    /// crash in between leaves a layer that is longer than the superblock says, which is told from damage by what is
+    /// in the rest: nothing.
+    ///
+    /// # Errors
+    /// That of `extend`, or of [`save`](Self::save).
+    pub(super) fn grow<E: From<StoreError>>(
+        this: &Mutex<Self>,
+        folder: &dyn Folder,
+        size: u64,
+        extend: impl FnOnce(u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        // Without the lock: a sync of the layer takes its time.
+        extend(size)?;
+        let mut superblock = this.lock();
+        let grown = Self { size, ..superblock.clone() };
+        grown.save(folder)?;
+        *superblock = grown;
+        Ok(())
     }
 }
 

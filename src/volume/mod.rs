@@ -7,6 +7,8 @@
 
 mod event;
 mod gate;
+#[cfg(test)]
+mod growth_tests;
 mod port;
 mod recovery;
 mod request;

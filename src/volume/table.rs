@@ -29,6 +29,14 @@
 //! version is the one of the source's copy that was installed last, or 0, and writes leave it alone: such a chunk is
 //! not captured, and its version decides whether an arriving copy is too old.
 //!
+//! # Growth
+//! The size is one atomic. A volume grows on disk first, then gets room for the new words ([`Words`] has the layout), then
+//! the journal takes notes of the new chunks, then the new size is published. A request is checked against a size that was published, so whoever names a new
+//! chunk finds its word. The last chunk may be short before and longer after. Nothing that was decided with the old size
+//! is wrong then: what lies past the old end is a hole in the layer and past the end of any base image, so it reads
+//! as zeros in every state, and a block or chunk that was whole stays whole. One decision is different: to punch a chunk
+//! because all of it is discarded. It is made again when no writer can come in between any more.
+//!
 //! # The journal
 //! A transition is noted *before* it is published, under the lock of its shard. If it were published first, another
 //! queue could write on the strength of it and acknowledge that write while the journal knows nothing. The lock
@@ -44,11 +52,11 @@ mod batch;
 mod exclusive;
 mod tally;
 mod word;
+mod words;
 
 pub(super) use exclusive::Exclusive;
 
 use super::event::Origin;
-use super::tracker::zeroed;
 use super::waiters::{Claimant, Parked, Seat, Waiter, Wake};
 use crate::core::chunk::{self, Access, ChunkState, ChunkView, IllegalMove, Route, check_move};
 use crate::core::geometry::{BlockMask, ChunkId, Geometry, Span};
@@ -64,6 +72,7 @@ use thiserror::Error;
 use tally::Tally;
 use tokio::sync::oneshot;
 use word::{SLOW, WRITER, bumped, state_of, update, version_of, with_state, writers_of};
+use words::Words;
 
 const SHARDS: u32 = 64;
 
@@ -173,12 +182,15 @@ impl Due {
 
 /// The chunk table of a volume; see the module's header.
 pub(super) struct Table {
-    geometry: Geometry,
+    /// Of the volume as it was opened.
+    opened: Geometry,
+    /// Size of the volume in bytes now.
+    size: AtomicU64,
     /// Chunks from this one on have nothing of a base image under them.
     based: u32,
     /// So many bytes of the base image can be read in place.
     in_place: u64,
-    words: Box<[AtomicU64]>,
+    words: Words,
     tally: Tally,
     shards: Box<[Mutex<Shard>]>,
     notes: Arc<dyn Notes>,
@@ -186,7 +198,7 @@ pub(super) struct Table {
 
 impl std::fmt::Debug for Table {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Table({} chunks)", self.words.len())
+        write!(f, "Table({} chunks)", self.geometry().chunk_count())
     }
 }
 
@@ -194,10 +206,11 @@ impl Table {
     /// All chunks `Base`. The first `based` chunks have some of a base image under them.
     pub(super) fn new(geometry: Geometry, based: u32, notes: Arc<dyn Notes>) -> Self {
         Self {
-            geometry,
+            opened: geometry,
+            size: AtomicU64::new(geometry.size()),
             based,
             in_place: 0,
-            words: zeroed(geometry.chunk_count() as usize),
+            words: Words::new(geometry.chunk_count() as usize),
             tally: Tally::default(),
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             notes,
@@ -208,6 +221,21 @@ impl Table {
     /// no copy in the layer.
     pub(super) fn with_base_in_place(self, len: u64) -> Self {
         Self { in_place: len, ..self }
+    }
+
+    /// Size and chunk size, as they are now.
+    pub(super) fn geometry(&self) -> Geometry {
+        self.opened.with_size(self.size.load(SeqCst))
+    }
+
+    /// Makes room for the chunks of a larger volume. Before anything may note one of them.
+    pub(super) fn reserve(&self, larger: &Geometry) {
+        self.words.reserve(larger.chunk_count() as usize);
+    }
+
+    /// The volume has this size now; its words are there. It never becomes smaller.
+    pub(super) fn grow(&self, larger: &Geometry) {
+        self.size.fetch_max(larger.size(), SeqCst);
     }
 
     /// Sets chunks as recovery found them; for the time before anybody else has the table.
@@ -262,7 +290,8 @@ impl Table {
 
     fn word(&self, chunk: ChunkId) -> &AtomicU64 {
         // Requests, messages and records are checked against the geometry where they come in.
-        &self.words[chunk.index()]
+        #[allow(clippy::expect_used, reason = "the check of an index, as of any slice")]
+        self.words.get(chunk.index()).expect("a chunk of the volume")
     }
 
     fn entry<'a>(&self, shard: &'a mut Shard, chunk: ChunkId) -> &'a mut Entry {
@@ -271,17 +300,18 @@ impl Table {
     }
 
     fn route(&self, view: ChunkView, access: Access, span: Span) -> Route {
+        let geometry = self.geometry();
         if !self.has_base(span.chunk) {
-            return chunk::route_without_base(&self.geometry, view, access, span);
+            return chunk::route_without_base(&geometry, view, access, span);
         }
-        match chunk::route(&self.geometry, view, access, span) {
+        match chunk::route(&geometry, view, access, span) {
             Route::Base if !self.is_in_place(span) => Route::Fill,
             route => route,
         }
     }
 
     fn is_in_place(&self, span: Span) -> bool {
-        let end = self.geometry.chunk_start(span.chunk) + u64::from(span.start) + u64::from(span.len);
+        let end = self.opened.chunk_start(span.chunk) + u64::from(span.start) + u64::from(span.len);
         end <= self.in_place
     }
 
@@ -328,6 +358,14 @@ impl Table {
             Route::Zeros => return Ok(Begun::Zeros),
             Route::Done => return Ok(Begun::Done),
             Route::Punch => {
+                // With `slow` set every new writer comes to this lock: if all of the chunk is still to be dropped now, and
+                // not only of the chunk as it was before the volume grew, then nobody has written the rest.
+                self.entry(&mut shard, chunk);
+                if self.route(view, access, span) != Route::Punch {
+                    self.tidy(&mut shard, chunk);
+                    drop(shard);
+                    return self.begin_slow(access, span, seat);
+                }
                 let claimant = Claimant::Piece(Arc::clone(seat.waker), seat.piece);
                 let granted = self.claim_alone(&mut shard, chunk, claimant, true)?;
                 return Ok(granted.map_or(Begun::Parked { demand: None }, Begun::Punch));

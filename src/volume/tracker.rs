@@ -14,22 +14,27 @@
 //! times between two looks is one bit. Its leaf is set before its summary; the reader clears the summary before the
 //! leaf. So a bit that a reader misses has its summary bit set after the reader's look, and the next look finds it.
 
-use crate::core::geometry::{BlockMask, ChunkId, Geometry};
+use crate::core::geometry::{BlockMask, ChunkId};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 /// Called, from any thread, when there is something to drain and the last call has been answered by a drain.
 pub type DirtyCallback = Box<dyn Fn() + Send + Sync>;
 
 /// Write tracking of a volume; see the module's header.
 pub struct Tracker {
-    geometry: Geometry,
     armed: AtomicBool,
-    /// Allocated by the first arming (16 bytes a chunk) and kept: a queue thread may still be looking at it.
-    tables: OnceLock<Tables>,
+    /// The n-th is for up to 2^n chunks. Allocated by the first arming of a volume of that size (16 bytes a chunk, where
+    /// it is used) and kept: a queue thread may still be looking at it.
+    tables: [OnceLock<Tables>; SIZES],
+    /// Which one the last arming took.
+    current: AtomicUsize,
     told: AtomicBool,
     callback: DirtyCallback,
 }
+
+/// A volume has less than 2^32 chunks.
+const SIZES: usize = 33;
 
 struct Tables {
     written: Box<[AtomicU64]>,
@@ -80,28 +85,31 @@ impl std::fmt::Debug for Tracker {
 impl Tracker {
     /// A tracker that is not armed.
     #[must_use]
-    pub fn new(geometry: Geometry, callback: DirtyCallback) -> Self {
+    pub fn new(callback: DirtyCallback) -> Self {
         Self {
-            geometry,
             armed: AtomicBool::new(false),
-            tables: OnceLock::new(),
+            tables: [const { OnceLock::new() }; SIZES],
+            current: AtomicUsize::new(0),
             told: AtomicBool::new(false),
             callback,
         }
     }
 
-    /// Forgets what it knew and notes writes from now on. Copy the modified set *after* this.
-    pub fn arm(&self) {
+    /// Forgets what it knew and notes writes to a volume of `chunks` chunks from now on. Copy the modified set *after*
+    /// this. The volume must not grow while it is armed.
+    pub fn arm(&self, chunks: u32) {
         self.disarm();
-        let chunks = self.geometry.chunk_count() as usize;
+        let chunks = (chunks as usize).next_power_of_two();
+        let size = chunks.trailing_zeros() as usize;
         let mut fresh = false;
-        let tables = self.tables.get_or_init(|| {
+        let tables = self.tables[size].get_or_init(|| {
             fresh = true;
             Tables::new(chunks)
         });
         if !fresh {
             tables.clear();
         }
+        self.current.store(size, Ordering::SeqCst);
         self.told.store(false, Ordering::SeqCst);
         self.armed.store(true, Ordering::SeqCst);
     }
@@ -118,10 +126,14 @@ impl Tracker {
         self.armed.load(Ordering::SeqCst)
     }
 
+    fn tables(&self) -> Option<&Tables> {
+        self.tables[self.current.load(Ordering::SeqCst)].get()
+    }
+
     /// Notes that the guest changed these blocks of the chunk.
     pub(super) fn note(&self, chunk: ChunkId, blocks: BlockMask) {
         if self.is_armed()
-            && let Some(tables) = self.tables.get()
+            && let Some(tables) = self.tables()
         {
             self.note_armed(tables, chunk.index(), blocks);
         }
@@ -157,7 +169,7 @@ impl Tracker {
 
     /// A capture of the chunk begins: the next write counts as a pass of its own. Call it before reading.
     pub(super) fn captured(&self, chunk: ChunkId) {
-        if let Some(written) = self.tables.get().and_then(|tables| tables.written.get(chunk.index())) {
+        if let Some(written) = self.tables().and_then(|tables| tables.written.get(chunk.index())) {
             written.store(0, Ordering::Relaxed);
         }
     }
@@ -167,7 +179,7 @@ impl Tracker {
     /// that they wrote has been told or is told now.
     pub fn drain(&self, mut tell: impl FnMut(ChunkId, u32, u32)) {
         self.told.swap(false, Ordering::AcqRel);
-        let Some(tables) = self.tables.get() else { return };
+        let Some(tables) = self.tables() else { return };
         for (top, summary) in tables.summary.iter().enumerate() {
             for leaf in bits(summary) {
                 let leaf = top * 64 + leaf;
@@ -209,11 +221,10 @@ mod tests {
     fn tracker() -> (Arc<AtomicU32>, Tracker) {
         let calls = Arc::new(AtomicU32::new(0));
         let counter = Arc::clone(&calls);
-        let geometry = Geometry::new(u64::from(CHUNKS) * (64 << 10), 64 << 10).unwrap();
         let count = move || {
             counter.fetch_add(1, Ordering::SeqCst);
         };
-        (calls, Tracker::new(geometry, Box::new(count)))
+        (calls, Tracker::new(Box::new(count)))
     }
 
     fn drained(tracker: &Tracker) -> Vec<(u32, u32, u32)> {
@@ -227,7 +238,7 @@ mod tests {
         let (_, tracker) = tracker();
         tracker.note(ChunkId(1), BlockMask(1));
         assert!(drained(&tracker).is_empty(), "nothing is noted before it is armed");
-        tracker.arm();
+        tracker.arm(CHUNKS);
         for block in 0..64 {
             tracker.note(ChunkId(1), BlockMask(1 << block));
         }
@@ -242,7 +253,7 @@ mod tests {
         tracker.note(ChunkId(1), BlockMask(1 << 40));
         assert_eq!(drained(&tracker), [(1, 1, 1)]);
         tracker.note(ChunkId(2), BlockMask(1));
-        tracker.arm();
+        tracker.arm(CHUNKS);
         assert!(drained(&tracker).is_empty(), "arming forgets");
         tracker.disarm();
         tracker.note(ChunkId(2), BlockMask(1));
@@ -252,7 +263,7 @@ mod tests {
     #[test]
     fn wake_ups_are_coalesced_until_the_next_drain() {
         let (calls, tracker) = tracker();
-        tracker.arm();
+        tracker.arm(CHUNKS);
         for chunk in [3, 4, 4000] {
             tracker.note(ChunkId(chunk), BlockMask(1));
         }
@@ -266,7 +277,7 @@ mod tests {
     fn no_write_is_lost_between_threads_and_drains() {
         const WRITES: u32 = 40_000;
         let (calls, tracker) = tracker();
-        tracker.arm();
+        tracker.arm(CHUNKS);
         let mut seen = BTreeMap::<u32, u32>::new();
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..3u32)

@@ -16,7 +16,7 @@
 use super::table::{Exclusive, TableError};
 use super::volume::Volume;
 use crate::core::chunk::{ChunkState, after_fetch, after_install};
-use crate::core::geometry::{BlockMask, ChunkId};
+use crate::core::geometry::{BlockMask, ChunkId, Geometry};
 use crate::core::message::{Body, Version};
 use crate::core::set::ChunkSet;
 use crate::engine::{CompanionEngine, FileId, IoBuf};
@@ -307,11 +307,19 @@ impl Transfer {
         let content = read.map_err(|error| TransferError::Io { chunk, error })?;
         let held = table.begin_exclusive(chunk).await?;
         let (was, mask, _) = held.was();
-        if wanted(was) { self.fill(held, mask, &content).await } else { Ok(()) }
+        if wanted(was) { self.fill(held, mask, geometry, &content).await } else { Ok(()) }
     }
 
-    async fn fill(&self, held: Exclusive, mask: BlockMask, content: &[u8]) -> Result<(), TransferError> {
-        let (chunk, geometry) = (held.chunk(), self.volume.geometry());
+    /// `geometry` is the one that the content was read with: if the volume has grown since, what is past the old end is a
+    /// hole, as the base image has it.
+    async fn fill(
+        &self,
+        held: Exclusive,
+        mask: BlockMask,
+        geometry: Geometry,
+        content: &[u8],
+    ) -> Result<(), TransferError> {
+        let chunk = held.chunk();
         for run in geometry.full_mask(chunk).minus(mask).runs() {
             let range = geometry.block_bytes(chunk, &run);
             let bytes = content.get(range.start as usize..range.end as usize);

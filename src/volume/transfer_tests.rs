@@ -306,7 +306,7 @@ fn t12_a_torn_capture_is_never_clean_under_two_busy_queues() {
     let disk = Disk::new(SIZE, None);
     let mut daemon = disk.open();
     daemon.write_now(0, &vec![0; 4 * CHUNK as usize]);
-    daemon.volume.tracker().arm();
+    daemon.volume.tracker().arm(daemon.volume.geometry().chunk_count());
     let acknowledged: Vec<AtomicU32> = (0..4 * CHUNK / 512).map(|_| AtomicU32::new(0)).collect();
     let stop = AtomicBool::new(false);
     let mut last: Vec<Option<Captured>> = (0..4).map(|_| None).collect();
@@ -396,6 +396,6 @@ fn t01_t08_installs_under_two_busy_queues_lose_nothing() {
         assert_eq!((number, bytes), (expected, &stamp(expected)[..]), "sector {sector}");
     }
     let geometry = Geometry::new(SIZE, CHUNK).unwrap();
-    assert_eq!(daemon.volume.geometry(), &geometry);
+    assert_eq!(daemon.volume.geometry(), geometry);
     assert_eq!(daemon.volume.counts().modified, 4);
 }

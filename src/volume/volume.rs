@@ -12,7 +12,7 @@ use super::tracker::{DirtyCallback, Tracker};
 use crate::core::chunk::ChunkState;
 use crate::core::geometry::{ChunkId, Geometry, Span};
 use crate::core::message::Version;
-use crate::store::{ChunkMap, Layer, LocalFile, Store, Transition};
+use crate::store::{ChunkMap, GrowError, Layer, LocalFile, Store, Transition};
 use parking_lot::Mutex;
 use std::io;
 use std::sync::Arc;
@@ -80,7 +80,6 @@ pub(super) struct Counters {
 
 /// A volume; see the module's header.
 pub struct Volume {
-    geometry: Geometry,
     options: VolumeOptions,
     store: Arc<Store>,
     table: Arc<Table>,
@@ -98,7 +97,7 @@ pub struct Volume {
 
 impl std::fmt::Debug for Volume {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Volume({} bytes)", self.geometry.size())
+        write!(f, "Volume({} bytes)", self.geometry().size())
     }
 }
 
@@ -134,11 +133,10 @@ impl Volume {
         let (events, receiver) = mpsc::unbounded_channel();
         let ports = Arc::new(Ports::default());
         let volume = Self {
-            geometry,
             options,
             store,
             table,
-            tracker: Tracker::new(geometry, dirty),
+            tracker: Tracker::new(dirty),
             gate: Gate::new(Arc::clone(&ports)),
             flush_gate: FlushGate::new(Arc::clone(&ports)),
             ports,
@@ -151,10 +149,27 @@ impl Volume {
         Ok((Arc::new(volume), receiver))
     }
 
-    /// Size and chunk size.
+    /// Size and chunk size, as they are now. An operation that needs them more than once takes them once: the volume may
+    /// grow meanwhile.
     #[must_use]
-    pub fn geometry(&self) -> &Geometry {
-        &self.geometry
+    pub fn geometry(&self) -> Geometry {
+        self.table.geometry()
+    }
+
+    /// Makes the volume larger while it is used; the new bytes are zeros. Durable when it returns. The caller sees to it
+    /// that no peer knows the size (no migration). Blocks for a sync of the layer.
+    ///
+    /// # Errors
+    /// [`GrowError`]: the size is what it was.
+    pub fn grow(&self, size: u64) -> Result<(), GrowError> {
+        let reserve = |larger: &Geometry| self.table.reserve(larger);
+        let grown = self.store.grow(size, reserve).inspect_err(|error| {
+            if let GrowError::Sync(error) = error {
+                self.layer_lost(error);
+            }
+        })?;
+        self.table.grow(&grown);
+        Ok(())
     }
 
     /// Whether the guest may not write.
@@ -215,13 +230,13 @@ impl Volume {
     /// The version of a chunk now; a chunk with a write in flight has one that no capture will have.
     #[must_use]
     pub fn version(&self, chunk: ChunkId) -> Option<Version> {
-        self.geometry.has(chunk).then(|| self.table.look(chunk).version)
+        self.geometry().has(chunk).then(|| self.table.look(chunk).version)
     }
 
     /// The state of a chunk now.
     #[must_use]
     pub fn state(&self, chunk: ChunkId) -> Option<ChunkState> {
-        self.geometry.has(chunk).then(|| self.table.look(chunk).state)
+        self.geometry().has(chunk).then(|| self.table.look(chunk).state)
     }
 
     /// How many chunks are in each state.
@@ -237,7 +252,7 @@ impl Volume {
             installing: count(ChunkState::Installing),
         };
         let others = counts.zero + counts.local + counts.modified + counts.remote + counts.installing;
-        counts.base = u64::from(self.geometry.chunk_count()).saturating_sub(others);
+        counts.base = u64::from(self.geometry().chunk_count()).saturating_sub(others);
         counts
     }
 
@@ -313,7 +328,7 @@ impl Volume {
 
     /// Where a span is in the layer: at the same place as in the volume.
     pub(super) fn offset(&self, span: Span) -> u64 {
-        self.geometry.chunk_start(span.chunk) + u64::from(span.start)
+        self.geometry().chunk_start(span.chunk) + u64::from(span.start)
     }
 
     /// Counters for a new port.

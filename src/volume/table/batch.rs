@@ -51,7 +51,7 @@ impl Table {
             let word = self.word(chunk).load(SeqCst);
             let mask = shards.of(chunk).get(&chunk).map_or(BlockMask::EMPTY, |entry| entry.mask);
             let (state, grown) = (state_of(word), mask.union(blocks));
-            let after = after_claim(state, grown, self.geometry.full_mask(chunk));
+            let after = after_claim(state, grown, self.geometry().full_mask(chunk));
             // Whole already, by another write: nothing to add.
             if !matches!(state, ChunkState::Base | ChunkState::Remote) || grown == mask {
                 continue;
@@ -115,7 +115,7 @@ impl Table {
     pub(in crate::volume) fn reset(&self) {
         let mut wakes = Vec::new();
         let all: Vec<_> = self.shards.iter().map(|shard| shard.lock()).collect();
-        for word in &self.words {
+        for word in self.words.iter() {
             // Most have never been touched: do not give them memory.
             if word.load(SeqCst) != 0 {
                 update(word, |word| word & WRITERS);
