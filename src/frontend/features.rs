@@ -36,6 +36,8 @@ pub const FLUSH: u64 = 1 << BLK_F_FLUSH;
 /// Bit mask of VIRTIO_BLK_F_CONFIG_WCE.
 pub const CONFIG_WCE: u64 = 1 << BLK_F_CONFIG_WCE;
 
+/// Bytes of `capacity`, the first field of the configuration space.
+pub const CAPACITY_SIZE: u32 = 8;
 /// Offset of `writeback` in the configuration space.
 pub const WRITEBACK_OFFSET: usize = 32;
 /// Bytes of `struct virtio_blk_config` up to and with the write-zeroes fields.
@@ -74,6 +76,7 @@ pub fn protocol_features() -> VhostUserProtocolFeatures {
     F::MQ
         | F::LOG_SHMFD
         | F::REPLY_ACK
+        | F::BACKEND_REQ
         | F::CONFIG
         | F::INFLIGHT_SHMFD
         | F::RESET_DEVICE

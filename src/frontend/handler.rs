@@ -17,6 +17,7 @@
 
 mod messages;
 
+use super::back_channel::BackChannel;
 use super::device_state::{self, Ticket};
 use super::dirty_log::DirtyLog;
 use super::features::{self, BlkConfig};
@@ -28,6 +29,7 @@ use super::signal::{HoldTimes, HypervisorSignal, Signals, Verdict};
 use super::virtqueue::RingSetup;
 use crate::volume::Volume;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -39,6 +41,8 @@ use vhost::vhost_user::{Error, Result};
 pub(super) struct Parts {
     /// The volume.
     pub(super) volume: Arc<Volume>,
+    /// Back to the front-end.
+    pub(super) channel: Arc<BackChannel>,
     /// To the node.
     pub(super) signals: Signals,
     /// For the status.
@@ -153,6 +157,7 @@ impl Handler {
         (self.own_region, self.running, self.fresh) = (false, false, true);
         (self.start_since, self.stop_since) = (None, None);
         self.transfer = Transfer::None;
+        self.parts.channel.clear();
         self.stale = true;
         self.parts.reconnect = true;
         self.parts.signals.tell(HypervisorSignal::Disconnected);
@@ -263,7 +268,20 @@ impl Handler {
             Ok(_) => self.queues[index].started = true,
             Err(why) => return self.refuse(why),
         }
+        self.parts.channel.started(self.parts.volume.geometry().size());
         Ok(())
+    }
+
+    /// Keeps the back-end channel that the front-end offers; returns whether it was welcome.
+    pub(super) fn take_channel(&mut self, socket: Option<OwnedFd>) -> bool {
+        let negotiated = self.protocol & VhostUserProtocolFeatures::BACKEND_REQ.bits() != 0;
+        let Some(socket) = socket.filter(|_| negotiated) else {
+            log::warn!("refused: a back-end channel that was not negotiated, or without its descriptor");
+            return false;
+        };
+        self.parts.channel.set(socket);
+        self.parts.channel.changed(self.parts.volume.geometry().size());
+        true
     }
 
     /// Tells running rings what has changed; each has acknowledged when this returns.
@@ -308,6 +326,7 @@ impl Handler {
             return;
         }
         self.running = false;
+        self.parts.channel.stopped();
         let drained = elapsed_us(self.stop_since);
         if let Verdict::Refuse(why) = self.parts.signals.ask(HypervisorSignal::RingsStopped) {
             log::warn!("the stop of the rings cannot be refused: {why}");

@@ -9,6 +9,7 @@
 //! `vhost-user-backend` was rejected: no hook for SET_VRING_ENABLE or SET_LOG_BASE, an error ends the connection,
 //! a daemon object serves one connection, and SET_VRING_ADDR can rewind a live ring (docs/ARCHITECTURE.md).
 
+mod back_channel;
 mod busy_poll;
 pub mod device_state;
 mod dirty_log;

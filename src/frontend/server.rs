@@ -6,9 +6,10 @@
 //!
 //! Each message is looked at before the `vhost` crate reads it. The crate ends the connection on messages that it
 //! does not know, and does not answer SET_LOG_FD; those are swallowed here, and answered if the front-end asked for
-//! that. After an error the connection goes on unless an answer is owed that cannot be given, for then the
+//! that. SET_BACKEND_REQ_FD is taken here too ([`back_channel`](super::back_channel) says why). After an error the connection goes on unless an answer is owed that cannot be given, for then the
 //! front-end, with QEMU's big lock held, would wait for ever: closing is what it can recover from.
 
+use super::back_channel::{self, BackChannel};
 use super::handler::{Handler, Parts};
 use super::memory::adopt_fd;
 use super::ring::{DRAIN_LIMIT, RingHandle, RingOptions};
@@ -134,6 +135,7 @@ pub struct Frontend {
     thread: Option<JoinHandle<()>>,
     path: Option<PathBuf>,
     serial: Serial,
+    channel: Arc<BackChannel>,
 }
 
 impl Frontend {
@@ -163,8 +165,10 @@ impl Frontend {
             ring.map_err(|error| FrontendError::Queue(index, error))
         };
         let rings = (0..options.queues).map(spawn).collect::<Result<Vec<_>, _>>()?;
+        let channel = Arc::new(BackChannel::default());
         let handler = Handler::new(Parts {
             volume: Arc::clone(&volume),
+            channel: Arc::clone(&channel),
             signals: signals.clone(),
             holds: Arc::clone(&holds),
             rings,
@@ -183,12 +187,17 @@ impl Frontend {
             FrontendSocket::Path(path) => Some(path.clone()),
             FrontendSocket::Fd(_) => None,
         };
-        Ok(Self { stop, signals, holds, thread: Some(thread), path, serial })
+        Ok(Self { stop, signals, holds, thread: Some(thread), path, serial, channel })
     }
 
     /// Takes over the serial of a disk that has moved here; GET_ID answers it from now on.
     pub fn set_serial(&self, serial: &str) {
         self.serial.set(serial);
+    }
+
+    /// The disk has this capacity in bytes now: the front-end is told, if it can be; it tells the guest.
+    pub fn capacity_changed(&self, capacity: u64) {
+        self.channel.changed(capacity);
     }
 
     /// How long the last acknowledgements were held.
@@ -348,11 +357,15 @@ impl Server {
         let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(&self.handler));
         loop {
             let Some(header) = Header::peek(&aside) else { return log::info!("the front-end has gone") };
-            if !header.is_known() {
-                match header.swallow(&mut aside, self.handler().acknowledges()) {
-                    Ok(()) => continue,
-                    Err(error) => return log::warn!("the front-end connection ends: {error}"),
-                }
+            let taken = match FrontendReq::try_from(header.code) {
+                Ok(FrontendReq::SET_BACKEND_REQ_FD) => header.take_channel(&mut aside, &mut self.handler()),
+                _ if header.is_known() => Ok(false),
+                _ => header.swallow(&mut aside, self.handler().acknowledges()).map(|()| true),
+            };
+            match taken {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => return log::warn!("the front-end connection ends: {error}"),
             }
             log::trace!("message {header:?}");
             self.handler().take_refusal();
@@ -421,10 +434,7 @@ impl Header {
     /// Reads a message that is not for us, and answers if the front-end wants that: SET_LOG_FD is fine (there is
     /// nobody to be told), the rest is refused.
     fn swallow(self, stream: &mut UnixStream, acknowledges: bool) -> io::Result<()> {
-        if self.size > MAX_BODY || self.flags & 3 != FLAG_VERSION {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "not a vhost-user message"));
-        }
-        let mut rest = vec![0u8; HEADER + self.size as usize];
+        let mut rest = vec![0u8; self.whole()?];
         stream.read_exact(&mut rest)?;
         let fine = FrontendReq::try_from(self.code).is_ok_and(|code| code == FrontendReq::SET_LOG_FD);
         log::debug!(
@@ -432,6 +442,26 @@ impl Header {
             self.code,
             if fine { "ignored" } else { "refused" }
         );
+        self.acknowledge(stream, acknowledges, fine)
+    }
+
+    /// Takes the back-end channel that the front-end offers.
+    fn take_channel(self, stream: &mut UnixStream, handler: &mut Handler) -> io::Result<bool> {
+        let socket = back_channel::receive(stream, self.whole()?)?;
+        let taken = handler.take_channel(socket);
+        self.acknowledge(stream, handler.acknowledges(), taken).map(|()| true)
+    }
+
+    /// Bytes of the message with its header.
+    fn whole(self) -> io::Result<usize> {
+        if self.size > MAX_BODY || self.flags & 3 != FLAG_VERSION {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "not a vhost-user message"));
+        }
+        Ok(HEADER + self.size as usize)
+    }
+
+    /// Answers if the front-end wants that.
+    fn acknowledge(self, stream: &mut UnixStream, acknowledges: bool, fine: bool) -> io::Result<()> {
         if !acknowledges || self.flags & FLAG_NEED_REPLY == 0 {
             return Ok(());
         }

@@ -20,4 +20,5 @@ mod malice;
 mod migration;
 mod raw;
 mod reconnect;
+mod resize;
 mod rig;

@@ -3,7 +3,7 @@
 
 use super::super::device_state;
 use super::super::dirty_log::DirtyLog;
-use super::super::features::{self, WRITEBACK_OFFSET};
+use super::super::features::{self, CAPACITY_SIZE, WRITEBACK_OFFSET};
 use super::super::inflight::{self, InflightRegion};
 use super::super::memory::{GuestMemory, MAX_REGIONS, RegionInfo};
 use super::super::ring::Command;
@@ -206,7 +206,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        Ok(self.config().part(offset, size))
+        let config = self.config();
+        if offset == 0 && size >= CAPACITY_SIZE {
+            self.parts.channel.read(config.capacity);
+        }
+        Ok(config.part(offset, size))
     }
 
     /// Only `writeback` can be written (virtio 1.2, 5.2.4); QEMU does not say it again at the destination.
