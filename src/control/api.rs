@@ -4,6 +4,7 @@
 //! | method and path | answer |
 //! |---|---|
 //! | GET `/api/v1/volume` | 200 [`VolumeStatus`] |
+//! | PUT `/api/v1/volume` | 200 [`VolumeStatus`] with the new size |
 //! | GET `/api/v1/migration` | 200 [`MigrationStatus`], state `none` without one |
 //! | PUT `/api/v1/migration` | 202 [`MigrationStatus`] of the armed migration |
 //! | DELETE `/api/v1/migration` | 202 [`MigrationStatus`] |
@@ -20,7 +21,8 @@
 use super::{events, metrics, openapi, words};
 use crate::config::MAX_CONNECTIONS;
 use crate::node::status::{
-    Command, Denied, MigrationRequest, MigrationStatus, NodeHandle, Snapshot, StrategyName, VolumeStatus,
+    Command, Denied, MigrationRequest, MigrationStatus, NodeHandle, ResizeRequest, Snapshot, StrategyName,
+    VolumeStatus,
 };
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{DefaultBodyLimit, State};
@@ -30,6 +32,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use bytes::Bytes;
 use prometheus_client::registry::Registry;
+use serde::de::DeserializeOwned;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -90,7 +93,7 @@ pub async fn serve(
 
 fn router(api: Api) -> Router {
     Router::new()
-        .route("/api/v1/volume", get(get_volume))
+        .route("/api/v1/volume", get(get_volume).put(put_volume))
         .route("/api/v1/migration", get(get_migration).put(put_migration).delete(delete_migration))
         .route("/api/v1/events", get(get_events))
         .route("/metrics", get(get_metrics))
@@ -128,9 +131,10 @@ fn status_of(code: &str) -> StatusCode {
         "invalid" => StatusCode::BAD_REQUEST,
         "none" | "not-found" => StatusCode::NOT_FOUND,
         "method-not-allowed" => StatusCode::METHOD_NOT_ALLOWED,
-        "busy" | "not-owner" | "handed-over" => StatusCode::CONFLICT,
+        "busy" | "not-owner" | "handed-over" | "faulty" => StatusCode::CONFLICT,
         "too-large" => StatusCode::PAYLOAD_TOO_LARGE,
-        "not-supported" => StatusCode::UNPROCESSABLE_ENTITY,
+        "not-supported" | "shrink" | "limit" => StatusCode::UNPROCESSABLE_ENTITY,
+        "no-space" => StatusCode::INSUFFICIENT_STORAGE,
         "stopping" => StatusCode::SERVICE_UNAVAILABLE,
         "timeout" => StatusCode::GATEWAY_TIMEOUT,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
@@ -141,6 +145,29 @@ fn status_of(code: &str) -> StatusCode {
     responses((status = 200, description = "The volume as it is now.", body = VolumeStatus)))]
 async fn get_volume(State(api): State<Api>) -> Json<VolumeStatus> {
     Json(api.node.snapshots.borrow().volume.clone())
+}
+
+#[utoipa::path(put, path = "/api/v1/volume", tag = "volume", request_body = ResizeRequest,
+    responses(
+        (status = 200, description = "The volume has that size, durably.", body = VolumeStatus),
+        (status = 400, description = "`invalid`", body = Denied),
+        (status = 409, description = "`busy`, `not-owner`, `handed-over` or `faulty`", body = Denied),
+        (status = 413, description = "`too-large`: the request", body = Denied),
+        (status = 422, description = "`shrink` or `limit`", body = Denied),
+        (status = 500, description = "`internal`", body = Denied),
+        (status = 503, description = "`stopping`", body = Denied),
+        (status = 504, description = "`timeout`", body = Denied),
+        (status = 507, description = "`no-space`", body = Denied)))]
+async fn put_volume(
+    State(api): State<Api>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<VolumeStatus>, Refusal> {
+    let body = body.map_err(|rejection| refuse_body(&rejection))?;
+    let request: ResizeRequest = parse(&body, "a resize request")?;
+    command(&api.node, |reply| Command::Resize(request.size, reply)).await?;
+    // The node publishes before anything else happens; a later resize may have come in between.
+    wait_for(&api.node, |snapshot| snapshot.volume.size >= request.size).await;
+    Ok(Json(api.node.snapshots.borrow().volume.clone()))
 }
 
 #[utoipa::path(get, path = "/api/v1/migration", tag = "migration",
@@ -163,7 +190,8 @@ async fn put_migration(
     State(api): State<Api>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<(StatusCode, Json<MigrationStatus>), Refusal> {
-    let request = parse(&body.map_err(|rejection| refuse_body(&rejection))?)?;
+    let body = body.map_err(|rejection| refuse_body(&rejection))?;
+    let request: MigrationRequest = parse(&body, "a migration request")?;
     check(&request)?;
     let before = api.node.snapshots.borrow().migration.id.clone();
     command(&api.node, |reply| Command::Migrate(request, reply)).await?;
@@ -220,19 +248,21 @@ async fn command(
         answer.await.map_err(|_| stopping())?
     };
     timeout(COMMAND_TIMEOUT, asked).await.unwrap_or_else(|_| {
-        Err(Denied::new(
-            "timeout",
-            "no answer within 60 s; GET /api/v1/migration tells whether it took effect",
-        ))
+        Err(Denied::new("timeout", "no answer within 60 s; GET tells whether it took effect"))
     })
 }
 
 /// The migration as it is once `shown` holds, or as it is after a while.
 async fn after(node: &NodeHandle, shown: impl FnMut(&Snapshot) -> bool) -> MigrationStatus {
+    wait_for(node, shown).await;
+    node.snapshots.borrow().migration.clone()
+}
+
+/// Waits for a snapshot that shows the effect of a command.
+async fn wait_for(node: &NodeHandle, shown: impl FnMut(&Snapshot) -> bool) {
     let mut snapshots = node.snapshots.clone();
     // A time-out is no error: the newest snapshot is the honest answer either way.
     let _ = timeout(EFFECT_TIMEOUT, snapshots.wait_for(shown)).await.map(|seen| seen.is_ok());
-    node.snapshots.borrow().migration.clone()
 }
 
 fn refuse_body(rejection: &BytesRejection) -> Denied {
@@ -243,9 +273,8 @@ fn refuse_body(rejection: &BytesRejection) -> Denied {
     }
 }
 
-fn parse(body: &[u8]) -> Result<MigrationRequest, Denied> {
-    serde_json::from_slice(body)
-        .map_err(|error| Denied::new("invalid", format!("not a migration request: {error}")))
+fn parse<T: DeserializeOwned>(body: &[u8], what: &str) -> Result<T, Denied> {
+    serde_json::from_slice(body).map_err(|error| Denied::new("invalid", format!("not {what}: {error}")))
 }
 
 /// Checks what can be checked without the node: ranges, the form of the address, strategies that no daemon of this

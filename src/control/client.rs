@@ -5,7 +5,7 @@
 //! was restarted between two calls. Answers are bounded, so that a wrong socket cannot fill the memory.
 
 use super::events::{KEEP_ALIVE, MIGRATION, VOLUME};
-use crate::node::status::{Denied, MigrationRequest, MigrationStatus, VolumeStatus};
+use crate::node::status::{Denied, MigrationRequest, MigrationStatus, ResizeRequest, VolumeStatus};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
@@ -98,6 +98,16 @@ impl Client {
     /// [`ClientError`]
     pub async fn migration(&self) -> Result<MigrationStatus, ClientError> {
         self.json(Method::GET, "/api/v1/migration", Bytes::new()).await
+    }
+
+    /// Makes the volume larger.
+    ///
+    /// # Errors
+    /// [`ClientError`]; [`ClientError::Denied`] with the daemon's reason if it refuses.
+    pub async fn resize(&self, size: u64) -> Result<VolumeStatus, ClientError> {
+        let body = serde_json::to_vec(&ResizeRequest { size })
+            .map_err(|error| ClientError::Protocol(error.to_string()))?;
+        self.json(Method::PUT, "/api/v1/volume", body.into()).await
     }
 
     /// Arms a migration.

@@ -3,8 +3,8 @@
 
 use super::api;
 use crate::node::status::{
-    ChunkCounts, Denied, IoCounts, MigrationRequest, MigrationState, MigrationStatus, Side, StartMode,
-    StrategyName, VolumeStatus,
+    ChunkCounts, Denied, IoCounts, MigrationRequest, MigrationState, MigrationStatus, ResizeRequest, Side,
+    StartMode, StrategyName, VolumeStatus,
 };
 use utoipa::OpenApi;
 
@@ -16,6 +16,7 @@ use utoipa::OpenApi;
     ),
     paths(
         api::get_volume,
+        api::put_volume,
         api::get_migration,
         api::put_migration,
         api::delete_migration,
@@ -27,6 +28,7 @@ use utoipa::OpenApi;
         VolumeStatus,
         ChunkCounts,
         IoCounts,
+        ResizeRequest,
         MigrationRequest,
         MigrationStatus,
         MigrationState,

@@ -82,6 +82,26 @@ pub(super) fn migrate(standing: Standing) -> Admission {
     }
 }
 
+/// May the volume be made larger?
+#[must_use]
+pub(super) fn resize(standing: Standing) -> Admission {
+    match standing {
+        Standing::Serving => Admission::Accept,
+        Standing::Idle => {
+            deny("not-owner", "this daemon owns no disk yet: start it with the size that is wanted")
+        }
+        Standing::Pushing | Standing::Offered | Standing::Pulling | Standing::Complete => {
+            deny("busy", "a migration is under way: resize when it has completed, or cancel it first")
+        }
+        Standing::Relinquished | Standing::Released => {
+            deny("handed-over", "the disk was handed over: ask the daemon that owns it now")
+        }
+        Standing::Receiving | Standing::Prepared => {
+            deny("not-owner", "this daemon is the destination of a migration that has not handed over yet")
+        }
+    }
+}
+
 /// May the migration be cancelled?
 #[must_use]
 pub(super) fn cancel(standing: Standing) -> Admission {
@@ -125,6 +145,8 @@ mod tests {
         for (standing, on_migrate, on_cancel) in want {
             assert_eq!(code(&migrate(standing)), on_migrate, "migrate in {standing:?}");
             assert_eq!(code(&cancel(standing)), on_cancel, "cancel in {standing:?}");
+            // A peer that knows the size is in the way of both.
+            assert_eq!(code(&resize(standing)), on_migrate, "resize in {standing:?}");
         }
     }
 }

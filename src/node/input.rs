@@ -13,6 +13,7 @@ use crate::core::message::{Hello, Version};
 use crate::core::source::Capture;
 use crate::frontend::signal::Envelope;
 use crate::peer::{LinkEvent, PeerLink};
+use crate::store::GrowError;
 use crate::volume::VolumeEvent;
 
 /// One thing that happened.
@@ -59,4 +60,6 @@ pub(super) enum Done {
     Wiped(Result<(), String>),
     /// A connection was made, or not.
     Connected(Result<PeerLink, String>),
+    /// The volume has grown, or not.
+    Resized(Result<(), GrowError>),
 }

@@ -12,7 +12,7 @@ use crate::core::message::ChunkData;
 use crate::core::record::MigrationRecord;
 use crate::core::source::Capture;
 use crate::peer::{ConnectParams, PeerLink, connect};
-use crate::store::{RemainingRun, Store};
+use crate::store::{GrowError, RemainingRun, Store};
 use crate::volume::{InstallPhase, Transfer};
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -261,6 +261,16 @@ impl Jobs {
     /// The marking is over.
     pub(super) fn marked(&mut self) {
         self.marking = false;
+    }
+
+    /// Makes the volume larger.
+    pub(super) fn grow(&self, size: u64) {
+        let volume = Arc::clone(self.transfer.volume());
+        self.spawn(async move {
+            let grown = tokio::task::spawn_blocking(move || volume.grow(size)).await;
+            let lost = |error| GrowError::Sync(std::io::Error::other(error));
+            Done::Resized(grown.map_err(lost).and_then(|result| result))
+        });
     }
 
     /// Connects to the destination after a delay.

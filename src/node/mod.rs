@@ -15,6 +15,7 @@ mod links;
 mod node;
 mod publish;
 mod report;
+mod resize;
 mod signals;
 mod source;
 pub mod status;

@@ -31,7 +31,7 @@ use crate::volume::{Closed, Transfer, Volume};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// How often counters are published while nothing else happens.
 const PUBLISH_EVERY: Duration = Duration::from_millis(200);
@@ -76,6 +76,8 @@ pub(super) struct Node {
     pub(super) frontend: Frontend,
     pub(super) frontend_connected: bool,
     pub(super) rings_running: bool,
+    /// Who waits for the volume to grow; no migration is armed meanwhile.
+    pub(super) resizing: Option<oneshot::Sender<Result<(), Denied>>>,
     pub(super) wire_before: u64,
     pub(super) link_number: u64,
     pub(super) inputs: mpsc::UnboundedSender<Input>,
@@ -244,6 +246,9 @@ impl Node {
         match command {
             Command::Migrate(request, answer) => {
                 let result = match admission::migrate(self.standing()) {
+                    Admission::Accept if self.resizing.is_some() => {
+                        Err(Denied::new("busy", "the volume is being resized: ask again"))
+                    }
                     Admission::Accept => self.arm(&request),
                     Admission::Deny(denied) => Err(denied),
                 };
@@ -253,6 +258,7 @@ impl Node {
             Command::Cancel(answer) => {
                 let _ = answer.send(self.cancel());
             }
+            Command::Resize(size, answer) => self.resize(size, answer),
         }
         self.publish();
     }
@@ -280,6 +286,10 @@ impl Node {
         }
         if let Done::Marked(_) = done {
             self.jobs.marked();
+        }
+        // No part of a migration.
+        if let Done::Resized(result) = done {
+            return self.on_resized(result);
         }
         if run != self.jobs.run() {
             return;
@@ -334,7 +344,7 @@ impl Node {
                     destination.session.handle_wiped(now);
                 }
             }
-            Done::Marked(Ok(())) => {}
+            Done::Marked(Ok(())) | Done::Resized(_) => {}
             Done::Marked(Err(error)) => self.fault(&format!("chunks cannot be marked remote: {error}")),
             Done::Wiped(Err(error)) => self.cannot_wipe(&error),
         }

@@ -90,6 +90,14 @@ pub struct MigrationRequest {
     pub start: StartMode,
 }
 
+/// The new size of a volume as the API takes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeRequest {
+    /// Size in bytes: a multiple of 512, and not less than the volume has.
+    pub size: u64,
+}
+
 /// The migration as GET `/api/v1/migration` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema, Default)]
 pub struct MigrationStatus {
@@ -231,7 +239,8 @@ pub struct Snapshot {
 #[derive(Debug, Error, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[error("{code}: {message}")]
 pub struct Denied {
-    /// A stable word, for programs: `busy`, `not-owner`, `not-supported`, `invalid`, `handed-over`, `none`, `internal`.
+    /// A stable word, for programs: `busy`, `not-owner`, `not-supported`, `invalid`, `handed-over`, `none`,
+    /// `shrink`, `limit`, `no-space`, `faulty`, `internal`.
     pub code: String,
     /// A sentence, for people.
     pub message: String,
@@ -252,6 +261,8 @@ pub enum Command {
     Migrate(MigrationRequest, oneshot::Sender<Result<(), Denied>>),
     /// Cancel it.
     Cancel(oneshot::Sender<Result<(), Denied>>),
+    /// Make the volume larger: the new size in bytes.
+    Resize(u64, oneshot::Sender<Result<(), Denied>>),
 }
 
 impl Command {
@@ -260,7 +271,9 @@ impl Command {
         let denied = Err(Denied::new(code, message));
         // A client that went away does not want the answer.
         match self {
-            Self::Migrate(_, answer) | Self::Cancel(answer) => drop(answer.send(denied)),
+            Self::Migrate(_, answer) | Self::Cancel(answer) | Self::Resize(_, answer) => {
+                drop(answer.send(denied))
+            }
         }
     }
 }

@@ -76,6 +76,33 @@ async fn a_request_arrives_whole_and_its_answer_shows_it() {
 }
 
 #[tokio::test]
+async fn a_resize_answers_with_the_new_size_or_a_named_refusal() {
+    let node = Node::start();
+    assert_eq!(node.client().resize(1 << 30).await.unwrap().size, 1 << 30);
+    let (status, body) = raw(&node, "PUT", "/api/v1/volume", r#"{"size":2147483648}"#);
+    assert_eq!((status, serde_json::from_str::<VolumeStatus>(&body).unwrap().size), (200, 2 << 30));
+    for body in
+        ["", "{}", r#"{"size":-1}"#, r#"{"size":"1G"}"#, r#"{"size":1,"shrink":true}"#, r#"{"size":1e40}"#]
+    {
+        assert_eq!(refused(&node, "PUT", "/api/v1/volume", body), (400, "invalid".to_owned()), "{body}");
+    }
+    for (code, status) in [
+        ("busy", 409),
+        ("not-owner", 409),
+        ("handed-over", 409),
+        ("faulty", 409),
+        ("shrink", 422),
+        ("limit", 422),
+        ("no-space", 507),
+        ("internal", 500),
+    ] {
+        node.script.lock().deny_resize = Some(Denied::new(code, "no"));
+        assert_eq!(refused(&node, "PUT", "/api/v1/volume", r#"{"size":512}"#), (status, code.to_owned()));
+    }
+    assert_eq!(refused(&node, "DELETE", "/api/v1/volume", "").0, 405);
+}
+
+#[tokio::test]
 async fn curl_needs_only_the_address() {
     let node = Node::start();
     let (status, body) = raw(&node, "PUT", "/api/v1/migration", r#"{"destination_url":"h:1"}"#);

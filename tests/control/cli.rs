@@ -58,10 +58,25 @@ fn help_lists_what_there_is_and_no_more() {
     let output = Command::new(env!("CARGO_BIN_EXE_blkferry")).arg("--help").output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     let text = stdout(&output);
-    for verb in ["status", "migrate", "cancel", "watch", "metrics"] {
+    for verb in ["status", "migrate", "cancel", "resize", "watch", "metrics"] {
         assert!(text.contains(verb), "{text}");
     }
     assert!(!text.contains("image"), "{text}");
+}
+
+#[test]
+fn resize_takes_a_size_and_tells_what_became_of_it() {
+    let node = Node::start();
+    let output = done(&node, &["resize", "96M"]);
+    assert_eq!((output.status.code(), stdout(&output).trim()), (Some(0), "the volume has 100663296 bytes"));
+    let output = done(&node, &["resize", "1T", "--json"]);
+    assert_eq!(objects(&output)[0]["size"], 1u64 << 40);
+    node.script.lock().deny_resize = Some(Denied::new("shrink", "no"));
+    let output = done(&node, &["resize", "1M", "--json"]);
+    assert_eq!((output.status.code(), &objects(&output)[0]["code"]), (Some(1), &Value::from("shrink")));
+    for words in [&["resize"][..], &["resize", "big"], &["resize", "-1"], &["resize", "1M", "2M"]] {
+        assert_eq!(done(&node, words).status.code(), Some(2), "{words:?}");
+    }
 }
 
 #[test]

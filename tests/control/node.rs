@@ -16,6 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub(crate) struct Script {
     pub(crate) requests: Vec<MigrationRequest>,
     pub(crate) cancels: u32,
+    pub(crate) deny_resize: Option<Denied>,
     pub(crate) deny_migrate: Option<Denied>,
     pub(crate) deny_cancel: Option<Denied>,
     /// Answer a request before the snapshot shows it.
@@ -154,6 +155,13 @@ async fn obey(
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     publish();
                 }
+            }
+            Command::Resize(size, reply) => {
+                let denied = script.lock().deny_resize.clone();
+                if denied.is_none() {
+                    snapshots.send_modify(|snapshot| snapshot.volume.size = size);
+                }
+                let _ = reply.send(denied.map_or(Ok(()), Err));
             }
             Command::Cancel(reply) => {
                 let denied = {

@@ -114,7 +114,16 @@ impl Daemon {
         assert!(status.success(), "{}: {status}", self.name);
     }
 
-    fn client(&self) -> Client {
+    /// Begins anew with another `--size` and an empty state directory.
+    pub fn renew(&mut self, size: u64) {
+        self.terminate();
+        std::fs::remove_dir_all(self.dir.join("state")).unwrap();
+        let at = self.args.iter().position(|arg| arg == "--size").unwrap();
+        self.args[at + 1] = size.to_string();
+        self.spawn();
+    }
+
+    pub fn client(&self) -> Client {
         Client::new(self.api())
     }
 
@@ -146,6 +155,11 @@ impl Daemon {
             start: Default::default(),
         };
         self.runtime.block_on(self.client().migrate(&request)).map(drop)
+    }
+
+    /// Makes the volume larger.
+    pub fn resize(&self, size: u64) -> Result<VolumeStatus, ClientError> {
+        self.runtime.block_on(self.client().resize(size))
     }
 
     pub fn cancel(&self) -> Result<(), ClientError> {

@@ -18,5 +18,6 @@ mod daemon;
 mod guest;
 mod kills;
 mod moves;
+mod resize;
 mod world;
 mod writer;

@@ -68,6 +68,11 @@ impl Writer {
         }
     }
 
+    /// The disk has so many sectors now; nobody has written the new ones.
+    pub fn grow(&mut self, sectors: u64) {
+        self.record.resize(sectors as usize, BASE);
+    }
+
     pub fn sectors(&self) -> u64 {
         self.record.len() as u64
     }

@@ -33,6 +33,12 @@ pub enum Verb {
     Migrate(Migrate),
     /// Cancel the migration, while the disk is still here
     Cancel,
+    /// Make the disk larger while the guest runs
+    Resize {
+        /// The new size in bytes, or with K, M, G, T, P; a multiple of 512
+        #[arg(value_name = "SIZE", value_parser = size::parse)]
+        size: u64,
+    },
     /// Show every change until the daemon stops
     Watch,
     /// Print the metrics

@@ -62,6 +62,7 @@ pub async fn run(args: Args) -> ExitCode {
         Verb::Migrate(migrate) if migrate.no_wait => arm(&client, migrate, json).await,
         Verb::Migrate(migrate) => move_disk(&client, migrate, json).await,
         Verb::Cancel => cancel(&client, json).await,
+        Verb::Resize { size } => resize(&client, size, json).await,
         Verb::Watch => watch(&client, json).await,
         Verb::Metrics => metrics(&client, json).await,
     };
@@ -117,6 +118,16 @@ async fn cancel(client: &Client, json: bool) -> Result<ExitCode, CliError> {
         print_json(&status)?;
     } else {
         print(&render::migration(&status))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn resize(client: &Client, size: u64, json: bool) -> Result<ExitCode, CliError> {
+    let volume = client.resize(size).await?;
+    if json {
+        print_json(&volume)?;
+    } else {
+        print(&format!("the volume has {} bytes", volume.size))?;
     }
     Ok(ExitCode::SUCCESS)
 }
