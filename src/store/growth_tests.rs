@@ -22,6 +22,7 @@ fn superblock() -> Superblock {
         size: u64::from(SMALL) * CHUNK - 512,
         chunk_size: 64 << 10,
         read_only: false,
+        write_through: false,
         base: BaseIdentity::default(),
         base_url: None,
         serial: String::new(),

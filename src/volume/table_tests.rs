@@ -90,7 +90,7 @@ impl Drop for Bench {
             return;
         }
         for state in chunk::ALL_STATES.into_iter().filter(|state| *state != ChunkState::Base) {
-            let chunks = self.table.geometry.chunks();
+            let chunks = self.table.geometry().chunks();
             let found = chunks.filter(|chunk| self.table.look(*chunk).state == state).count();
             assert_eq!(self.table.count(state), found as u64, "{state:?}");
         }
