@@ -226,10 +226,10 @@ fn a_store_grows_and_is_opened_with_the_old_arguments_and_the_new_size() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), &sized(4 * CHUNK)).unwrap();
     store.map.note(&[at(0, ChunkState::Modified)]).unwrap();
-    assert!(matches!(store.grow(CHUNK, |_| ()), Err(GrowError::Shrink { .. })));
-    assert!(matches!(store.grow(4 * CHUNK + 1, |_| ()), Err(GrowError::Geometry(_))));
-    assert_eq!(store.grow(4 * CHUNK, |_| ()).unwrap().size(), 4 * CHUNK);
-    assert_eq!(store.grow(40 * CHUNK, |_| ()).unwrap().size(), 40 * CHUNK);
+    assert!(matches!(store.grow(CHUNK, || (), |_| ()), Err(GrowError::Shrink { .. })));
+    assert!(matches!(store.grow(4 * CHUNK + 1, || (), |_| ()), Err(GrowError::Geometry(_))));
+    assert_eq!(store.grow(4 * CHUNK, || (), |_| ()).unwrap().size(), 4 * CHUNK);
+    assert_eq!(store.grow(40 * CHUNK, || (), |_| ()).unwrap().size(), 40 * CHUNK);
     assert_eq!((store.geometry().size(), store.superblock().size), (40 * CHUNK, 40 * CHUNK));
     assert_eq!(store.layer.file().metadata().unwrap().len(), 40 * CHUNK);
     drop(store);
@@ -274,7 +274,7 @@ fn a_layer_that_is_longer_is_cut_back_only_if_nothing_is_in_the_rest() {
             file.set_len(size).unwrap();
         }
         let store = Store::open(&state, &params).unwrap();
-        store.grow(size + CHUNK, |_| ()).unwrap();
+        store.grow(size + CHUNK, || (), |_| ()).unwrap();
         drop(store);
         assert_eq!(Store::open(&state, &StoreParams::default()).unwrap().geometry().size(), size + CHUNK);
         let mut bytes = vec![1; usize::try_from(CHUNK).unwrap() + 512];

@@ -135,11 +135,17 @@ impl Layer {
     /// Makes the file longer, by a hole, durably. [`size`](Self::size) stays as it is until
     /// [`grown`](Self::grown). Blocks.
     ///
+    /// If the old end is not at a border of blocks, the file system fills the last block with zeros *in the page cache*,
+    /// and does not wait for direct writes to that block that are under way: one of the two would be lost, and the next
+    /// sync would fail. What `alone` returns keeps such writes away until the length has changed.
+    ///
     /// # Errors
     /// [`GrowError::Extend`], [`GrowError::Sync`]
-    pub(super) fn extend(&self, size: u64) -> Result<(), GrowError> {
-        let extend = |source| GrowError::Extend { path: self.path.clone(), source };
-        self.file.set_len(size).map_err(extend)?;
+    pub(super) fn extend<A>(&self, size: u64, alone: impl FnOnce() -> A) -> Result<(), GrowError> {
+        let held = alone();
+        let changed = self.file.set_len(size);
+        drop(held);
+        changed.map_err(|source| GrowError::Extend { path: self.path.clone(), source })?;
         self.file.sync_all().map_err(GrowError::Sync)
     }
 

@@ -193,12 +193,18 @@ impl Store {
     }
 
     /// Makes the volume larger, durably: the layer, the superblock, then the chunk map in memory. The new bytes are zeros.
-    /// `prepare` is called when all of that is durable, and before the map takes notes of new chunks; nobody may use
+    /// `alone` is called before the length of the layer's file changes; what it returns keeps writes to the last chunk away
+    /// until that is done (see [`Layer`]). `prepare` is called when all of that is durable, and before the map takes notes of new chunks; nobody may use
     /// one before this has returned. Blocks for a sync of the layer.
     ///
     /// # Errors
     /// [`GrowError`]: the size is what it was; call it again, also for another size.
-    pub fn grow(&self, size: u64, prepare: impl FnOnce(&Geometry)) -> Result<Geometry, GrowError> {
+    pub fn grow<A>(
+        &self,
+        size: u64,
+        alone: impl FnOnce() -> A,
+        prepare: impl FnOnce(&Geometry),
+    ) -> Result<Geometry, GrowError> {
         let _one_at_a_time = self.growing.lock();
         let have = self.layer.size();
         if size < have {
@@ -207,7 +213,7 @@ impl Store {
         let geometry = self.geometry.resized(size)?;
         if size > have {
             let folder = self.state.folder().as_ref();
-            Superblock::grow(&self.superblock, folder, size, |size| self.layer.extend(size))?;
+            Superblock::grow(&self.superblock, folder, size, |size| self.layer.extend(size, alone))?;
             prepare(&geometry);
             self.map.grow(geometry.chunk_count());
             self.layer.grown(size);

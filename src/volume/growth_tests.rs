@@ -7,9 +7,10 @@
 use crate::core::chunk::ChunkState;
 use crate::core::geometry::ChunkId;
 use crate::store::GrowError;
-use crate::volume::VolumeOptions;
 use crate::volume::testing::{CHUNK, Daemon, Disk};
+use crate::volume::{Status, VolumeOptions};
 use proptest::prelude::*;
+use std::sync::Arc;
 
 const SECTOR: usize = 512;
 /// Two chunks and an odd rest, whose last block of 1 KiB is short.
@@ -98,6 +99,16 @@ impl Model {
     }
 }
 
+/// Makes the disk larger while requests go on.
+fn grow(daemon: &mut Daemon, size: u64) {
+    let volume = Arc::clone(&daemon.volume);
+    let grower = std::thread::spawn(move || volume.grow(size));
+    while !grower.is_finished() {
+        assert!(daemon.turn().iter().all(|(_, status)| *status == Status::Ok));
+    }
+    grower.join().unwrap().unwrap();
+}
+
 fn run(base: Option<Vec<u8>>, steps: &[Step]) {
     let mut bytes = base.clone().unwrap_or_default();
     bytes.resize(SECTORS * SECTOR, 0);
@@ -116,7 +127,7 @@ fn run(base: Option<Vec<u8>>, steps: &[Step]) {
             }
             Step::Grow(more) => {
                 model.bytes.resize(model.bytes.len() + more * SECTOR, 0);
-                daemon.volume.grow(model.bytes.len() as u64).unwrap();
+                grow(&mut daemon, model.bytes.len() as u64);
             }
             Step::Fetch(chunk) if daemon.volume.geometry().has(ChunkId(chunk)) => {
                 daemon.fetch(ChunkId(chunk));
@@ -222,7 +233,7 @@ fn requests_at_the_end_go_on_while_the_disk_grows() {
         let mut daemon = disk.open();
         let mut model = base.unwrap_or_default();
         model.resize(SECTORS * SECTOR, 0);
-        let volume = std::sync::Arc::clone(&daemon.volume);
+        let volume = Arc::clone(&daemon.volume);
         let grower = std::thread::spawn(move || {
             for n in 0..400u64 {
                 let now = volume.geometry().size();

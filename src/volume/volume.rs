@@ -157,13 +157,14 @@ impl Volume {
     }
 
     /// Makes the volume larger while it is used; the new bytes are zeros. Durable when it returns. The caller sees to it
-    /// that no peer knows the size (no migration). Blocks for a sync of the layer.
+    /// that no peer knows the size (no migration). Blocks for a sync of the layer, and for writes to a short last chunk.
     ///
     /// # Errors
     /// [`GrowError`]: the size is what it was.
     pub fn grow(&self, size: u64) -> Result<(), GrowError> {
+        let alone = || self.table.hold_short_end();
         let reserve = |larger: &Geometry| self.table.reserve(larger);
-        let grown = self.store.grow(size, reserve).inspect_err(|error| {
+        let grown = self.store.grow(size, alone, reserve).inspect_err(|error| {
             if let GrowError::Sync(error) = error {
                 self.layer_lost(error);
             }

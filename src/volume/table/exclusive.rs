@@ -140,6 +140,25 @@ impl Table {
         Ok(None)
     }
 
+    /// Holds the last chunk alone if it is short, while the layer's length changes. Blocks until writes in flight have
+    /// ended; not for an asynchronous context.
+    pub(in crate::volume) fn hold_short_end(self: &Arc<Self>) -> Option<Exclusive> {
+        let geometry = self.geometry();
+        let chunk = ChunkId(geometry.chunk_count() - 1);
+        if geometry.chunk_len(chunk) == geometry.chunk_size() {
+            return None;
+        }
+        let (sender, receiver) = oneshot::channel();
+        let granted = self.claim_alone(&mut self.shard(chunk), chunk, Claimant::Task(sender), false);
+        // No move is illegal here, and the sender is only dropped with the table.
+        granted
+            .unwrap_or_else(|error| {
+                log::error!("{chunk} cannot be held: {error}");
+                None
+            })
+            .or_else(|| receiver.blocking_recv().ok())
+    }
+
     /// Holds a chunk alone: new writers park, and the ones in flight are waited for. Dropping the future gives up.
     ///
     /// # Errors
