@@ -7,7 +7,11 @@
 //! are still moving in QEMU; PAGEFAULT is memory post-copy, which this version does not do; STATUS is not in the
 //! `vhost` crate, and QEMU sends SET_STATUS 0 on every stop, so it would tell nothing.
 //!
-//! Offering SIZE_MAX was rejected: it would only make the guest split what io_uring takes whole.
+//! SIZE_MAX and SEG_MAX bound a request together: what a driver builds within both is never longer than
+//! [`MAX_DATA`], the most that a request may carry here. SIZE_MAX is generous, since io_uring takes large segments whole.
+//!
+//! Logical blocks are 512 bytes whatever the medium has, because the guest keeps its block size through a migration.
+//! The topology is a hint, and comes from the medium and the chunk size (docs/adr/0007-block-sizes.md).
 
 use crate::core::geometry::SECTOR;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -15,6 +19,7 @@ use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatu
 const F_INDIRECT_DESC: u64 = 28;
 const F_EVENT_IDX: u64 = 29;
 const F_VERSION_1: u64 = 32;
+const BLK_F_SIZE_MAX: u64 = 1;
 const BLK_F_SEG_MAX: u64 = 2;
 const BLK_F_RO: u64 = 5;
 const BLK_F_BLK_SIZE: u64 = 6;
@@ -46,10 +51,13 @@ pub const CONFIG_SIZE: usize = 60;
 pub const MAX_ZERO_SECTORS: u32 = 512 << 10;
 /// Most segments in one discard or write-zeroes request.
 pub const MAX_ZERO_SEGMENTS: u32 = 16;
-/// Sectors in a 4 KiB page: the preferred granule.
+/// Most bytes that a read or write may carry. Descriptors may name the same memory over and over, so a request could ask
+/// for terabytes, and keep a queue thread or the host's memory busy with its pieces; no driver sends more than a few MiB.
+pub const MAX_DATA: u64 = 256 << 20;
+/// Most bytes of a segment.
+const MAX_SEGMENT: u64 = 4 << 20;
+/// Sectors in a 4 KiB page: the preferred granule of discards.
 const PAGE_SECTORS: u32 = 8;
-/// log2 of logical blocks in a physical one.
-const PHYSICAL_BLOCK_EXP: u8 = 3;
 
 /// What the device offers to the driver, and the vhost bits, for GET_FEATURES.
 #[must_use]
@@ -58,6 +66,7 @@ pub fn virtio_features(read_only: bool) -> u64 {
         F_VERSION_1,
         F_INDIRECT_DESC,
         F_EVENT_IDX,
+        BLK_F_SIZE_MAX,
         BLK_F_SEG_MAX,
         BLK_F_BLK_SIZE,
         BLK_F_FLUSH,
@@ -95,19 +104,42 @@ pub struct BlkConfig {
     pub queue_size: u16,
     /// Write-back (true) or write-through.
     pub write_back: bool,
+    /// What the medium writes at once: a smaller write costs it a read. In bytes, a power of two.
+    pub physical_block: u32,
+    /// Smallest size in bytes that is worth while, a power of two.
+    pub min_io: u32,
+    /// Best size in bytes, a power of two: a chunk.
+    pub opt_io: u32,
+}
+
+fn sectors(bytes: u32) -> u32 {
+    bytes.next_power_of_two() / 512
 }
 
 impl BlkConfig {
+    fn seg_max(&self) -> u32 {
+        u32::from(self.queue_size.saturating_sub(2).max(1))
+    }
+
+    /// Longest segment: as many as there may be carry no more than a request may.
+    fn size_max(&self) -> u32 {
+        let most = (MAX_DATA / u64::from(self.seg_max())).min(MAX_SEGMENT);
+        1 << most.max(1).ilog2()
+    }
+
     /// `struct virtio_blk_config` (virtio 1.2, 5.2.4), little-endian.
     #[must_use]
     pub fn bytes(&self) -> [u8; CONFIG_SIZE] {
         let mut out = [0u8; CONFIG_SIZE];
         let mut put = |at: usize, value: &[u8]| out[at..at + value.len()].copy_from_slice(value);
         put(0, &(self.capacity / SECTOR).to_le_bytes());
-        put(12, &u32::from(self.queue_size.saturating_sub(2).max(1)).to_le_bytes()); // seg_max
+        put(8, &self.size_max().to_le_bytes());
+        put(12, &self.seg_max().to_le_bytes());
         put(20, &512u32.to_le_bytes()); // blk_size
-        put(24, &[PHYSICAL_BLOCK_EXP, 0]); // physical_block_exp, alignment_offset
-        put(26, &8u16.to_le_bytes()); // min_io_size; opt_io_size stays 0: none
+        let exponent = u8::try_from(sectors(self.physical_block).max(1).ilog2()).unwrap_or(0);
+        put(24, &[exponent, 0]); // physical_block_exp, alignment_offset
+        put(26, &u16::try_from(sectors(self.min_io)).unwrap_or(0).to_le_bytes()); // min_io_size
+        put(28, &sectors(self.opt_io).to_le_bytes()); // opt_io_size
         put(WRITEBACK_OFFSET, &[u8::from(self.write_back)]);
         put(34, &self.queues.to_le_bytes());
         put(36, &MAX_ZERO_SECTORS.to_le_bytes()); // max_discard_sectors
@@ -140,7 +172,15 @@ pub fn capabilities_json() -> String {
 mod tests {
     use super::*;
 
-    const CONFIG: BlkConfig = BlkConfig { capacity: 5 << 30, queues: 4, queue_size: 128, write_back: true };
+    const CONFIG: BlkConfig = BlkConfig {
+        capacity: 5 << 30,
+        queues: 4,
+        queue_size: 128,
+        write_back: true,
+        physical_block: 4096,
+        min_io: 16 << 10,
+        opt_io: 256 << 10,
+    };
 
     #[test]
     fn the_configuration_has_the_layout_of_the_specification() {
@@ -149,6 +189,21 @@ mod tests {
         assert_eq!(bytes[12..16], 126u32.to_le_bytes());
         assert_eq!(bytes[20..24], 512u32.to_le_bytes());
         assert_eq!((bytes[32], bytes[34], bytes[56]), (1, 4, 1));
+        assert_eq!((bytes[24], bytes[25]), (3, 0), "physical_block_exp, alignment_offset");
+        assert_eq!(bytes[26..28], 32u16.to_le_bytes(), "min_io_size in logical blocks");
+        assert_eq!(bytes[28..32], 512u32.to_le_bytes(), "opt_io_size in logical blocks");
+    }
+
+    #[test]
+    fn as_many_segments_as_there_may_be_carry_no_more_than_a_request_may() {
+        for (queue_size, size_max) in
+            [(4, 4 << 20), (64, 4 << 20), (128, 2 << 20), (256, 1 << 20), (1024, 256 << 10)]
+        {
+            let config = BlkConfig { queue_size, ..CONFIG };
+            assert_eq!((config.size_max(), config.seg_max()), (size_max, u32::from(queue_size) - 2));
+            assert_eq!(config.bytes()[8..12], size_max.to_le_bytes());
+            assert!(u64::from(config.size_max()) * u64::from(config.seg_max()) <= MAX_DATA);
+        }
     }
 
     #[test]

@@ -36,6 +36,9 @@ use std::time::Instant;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use vhost::vhost_user::{Error, Result};
 
+/// A guest reads ahead twice the best size of a transfer: for larger chunks that would be too much of a good thing.
+const LARGEST_OPT_IO: u32 = 1 << 20;
+
 /// What the handler is made of.
 #[derive(Debug)]
 pub(super) struct Parts {
@@ -343,11 +346,16 @@ impl Handler {
     }
 
     fn config(&self) -> BlkConfig {
+        let geometry = self.parts.volume.geometry();
+        let grain = self.parts.volume.store().layer.grain();
         BlkConfig {
-            capacity: self.parts.volume.geometry().size(),
+            capacity: geometry.size(),
             queues: u16::try_from(self.queues.len()).unwrap_or(u16::MAX),
             queue_size: self.parts.queue_size,
             write_back: self.parts.volume.write_cache(),
+            physical_block: grain.physical,
+            min_io: grain.preferred.min(geometry.chunk_size()),
+            opt_io: geometry.chunk_size().min(LARGEST_OPT_IO),
         }
     }
 

@@ -10,7 +10,7 @@
 //! past the table, no writable byte), nobody can say where the chain ends: a [`ChainError`], which stops the ring.
 //! Guessing a status byte would write where the guest did not ask for it.
 
-use super::features::{MAX_ZERO_SECTORS, MAX_ZERO_SEGMENTS};
+use super::features::{MAX_DATA, MAX_ZERO_SECTORS, MAX_ZERO_SEGMENTS};
 use super::memory::{GuestRange, MemoryError, View};
 use super::ring_mem::{DESC_INDIRECT, DESC_NEXT, DESC_SIZE, DESC_WRITE, Descriptor, RingMemory};
 use crate::core::geometry::SECTOR;
@@ -23,9 +23,6 @@ use thiserror::Error;
 /// Most descriptors in a chain. A driver may not make one longer than the ring (2.7.5.3.1); rings here have at most
 /// 32768, but nothing real uses more than this.
 pub(super) const MAX_CHAIN: usize = 2048;
-/// Most bytes that a read or write may carry. Descriptors may name the same memory over and over, so a request could
-/// ask for terabytes, and keep a queue thread or the host's memory busy with its pieces; no driver sends more than a few MiB.
-const MAX_DATA: u64 = 256 << 20;
 const HEADER: u32 = 16;
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;

@@ -8,7 +8,9 @@
 use super::error::{GrowError, StoreError};
 use crate::config::CacheMode;
 use crate::engine::DirectFile;
-use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom, fallocate, flock, seek};
+use rustix::fs::{
+    AtFlags, FallocateFlags, FlockOperation, SeekFrom, StatxFlags, fallocate, flock, seek, statx,
+};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -18,6 +20,10 @@ use std::time::{Duration, Instant};
 
 /// Name of the file in the state directory.
 pub(super) const NAME: &str = "layer";
+/// Writes through the page cache are made of these.
+const PAGE: u32 = 4096;
+/// Larger than this no file system wants its transfers to be.
+const LARGEST_GRAIN: u32 = 1 << 20;
 /// No file system has larger blocks.
 const BORDER: u64 = 64 << 10;
 
@@ -46,6 +52,30 @@ fn is_empty_from(file: &File, end: u64, len: u64) -> io::Result<bool> {
     match seek(file, SeekFrom::Data(border)) {
         Err(rustix::io::Errno::NXIO) => Ok(true),
         found => Ok(found? >= len),
+    }
+}
+
+/// Sizes in bytes, powers of two; hints for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grain {
+    /// A write of less costs the medium a read: a page, or what direct I/O needs if that is more.
+    pub physical: u32,
+    /// What the file system calls its preferred size.
+    pub preferred: u32,
+}
+
+impl Default for Grain {
+    fn default() -> Self {
+        Self { physical: PAGE, preferred: PAGE }
+    }
+}
+
+impl Grain {
+    /// From `statx`: zeros, and what is no power of two or absurd, mean that nothing is known.
+    fn of(direct: u32, blksize: u32) -> Self {
+        let known = |bytes: u32| if bytes.is_power_of_two() && bytes <= LARGEST_GRAIN { bytes } else { 0 };
+        let physical = known(direct).max(PAGE);
+        Self { physical, preferred: known(blksize).max(physical) }
     }
 }
 
@@ -154,6 +184,14 @@ impl Layer {
         self.size.store(size, Ordering::Release);
     }
 
+    /// How the medium likes to be written, as its file system says now.
+    #[must_use]
+    pub fn grain(&self) -> Grain {
+        let wanted = StatxFlags::BASIC_STATS | StatxFlags::DIOALIGN;
+        let Ok(stat) = statx(&self.file, "", AtFlags::EMPTY_PATH, wanted) else { return Grain::default() };
+        Grain::of(stat.stx_dio_offset_align, stat.stx_blksize)
+    }
+
     /// Whether it is an image that was there before the volume.
     #[must_use]
     pub fn is_adopted(&self) -> bool {
@@ -220,4 +258,24 @@ pub(super) fn open_direct(
         return Err(StoreError::Layer { path: path.to_owned(), detail: detail.to_owned() });
     }
     Ok(direct)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hints_of_the_medium_are_powers_of_two_within_bounds() {
+        for (direct, blksize, physical, preferred) in [
+            (0, 0, 4096, 4096),
+            (512, 4096, 4096, 4096),
+            (4096, 4096, 4096, 4096),
+            (16 << 10, 4096, 16 << 10, 16 << 10),
+            (512, 128 << 10, 4096, 128 << 10),
+            (3000, 1_000_000, 4096, 4096),
+            (u32::MAX, 1 << 30, 4096, 4096),
+        ] {
+            assert_eq!(Grain::of(direct, blksize), Grain { physical, preferred });
+        }
+    }
 }

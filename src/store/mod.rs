@@ -34,7 +34,7 @@ mod superblock;
 
 pub use base::{BaseError, BaseImage, BoxFuture, LocalFile};
 pub use error::{GrowError, StoreError};
-pub use layer::Layer;
+pub use layer::{Grain, Layer};
 pub use map::{ChunkMap, ROTATE_AT, Recovered};
 pub use record::RecordFile;
 pub use remaining::RemainingRun;

@@ -45,6 +45,8 @@ pub struct IoTotals {
     pub read_bytes: u64,
     /// Bytes written.
     pub written_bytes: u64,
+    /// Syncs of the layer that the guest's requests waited for: of flushes, and in write-through of all that writes.
+    pub syncs: u64,
 }
 
 /// Number of chunks in each state.
@@ -76,6 +78,7 @@ pub(super) struct Counters {
     errors: AtomicU64,
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
+    syncs: AtomicU64,
 }
 
 /// A volume; see the module's header.
@@ -270,6 +273,7 @@ impl Volume {
             add(&mut totals.errors, &c.errors);
             add(&mut totals.read_bytes, &c.read_bytes);
             add(&mut totals.written_bytes, &c.written_bytes);
+            add(&mut totals.syncs, &c.syncs);
         }
         totals
     }
@@ -341,6 +345,11 @@ impl Volume {
 }
 
 impl Counters {
+    /// Counts a sync that requests waited for; by the one thread that these belong to.
+    pub(super) fn count_sync(&self) {
+        self.syncs.store(self.syncs.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+
     /// Counts a request that has ended; by the one thread that these belong to.
     pub(super) fn count(&self, op: RequestOp, len: u64, status: Status) {
         let add = |counter: &AtomicU64, n| {

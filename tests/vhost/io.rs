@@ -86,6 +86,125 @@ fn the_configuration_tells_size_and_limits() {
     rig.wait_for(&blkferry::frontend::signal::HypervisorSignal::WriteCache(false), 1);
 }
 
+/// Write-back and write-through, chosen by the guest while it runs (virtio 1.2, 5.2.5.1): in write-through each write has
+/// been synced when it is answered.
+#[test]
+fn the_guest_switches_its_write_cache_and_write_through_syncs_every_write() {
+    use vhost::vhost_user::VhostUserFrontend;
+    let (rig, mut guest) = started(Setup { queues: 2, ..Setup::default() });
+    let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
+    let data = pattern(4096, 6);
+    for round in 0..3u64 {
+        for through in [false, true] {
+            guest.link.set_config(32, flags, &[u8::from(!through)]).unwrap();
+            assert_eq!(guest.config(32, 1), [u8::from(!through)]);
+            for n in 0..10u64 {
+                for queue in 0..2 {
+                    let asks = [
+                        Ask::Out((n + 20 * round) * 8, &data),
+                        Ask::Zero(T_DISCARD, &[((n + 500) * 8, 8, 0)]),
+                        Ask::Zero(T_WRITE_ZEROES, &[((n + 500) * 8, 4, 0)]),
+                        Ask::In((n + 20 * round) * 8, 4096),
+                    ];
+                    for (at, ask) in asks.iter().enumerate() {
+                        let before = rig.volume.io().syncs;
+                        assert_eq!(guest.ask(queue, ask).status, OK);
+                        let synced = rig.volume.io().syncs - before;
+                        let wanted = u64::from(through && at < 3);
+                        assert_eq!(synced, wanted, "write-through {through}, request {at}");
+                    }
+                }
+            }
+            let before = rig.volume.io().syncs;
+            assert_eq!(guest.ask(0, &Ask::Flush).status, OK);
+            assert_eq!(rig.volume.io().syncs - before, 1, "a flush syncs in both");
+        }
+    }
+}
+
+/// A guest that cannot flush cannot make its writes safe: the device writes through for it, whatever `writeback` says.
+#[test]
+fn without_the_flush_feature_every_write_is_synced() {
+    let rig = Rig::new(Setup::default());
+    let mut guest = Guest::connect(&rig.socket(), 1);
+    guest.features &= !(1 << 9 | 1 << 11);
+    guest.start_fresh();
+    for n in 1..20 {
+        assert_eq!(guest.ask(0, &Ask::Out(n * 8, &pattern(4096, n))).status, OK);
+        assert_eq!(rig.volume.io().syncs, n);
+    }
+}
+
+/// A chunk that is dropped whole gives its space back and is `Zero`; a part of one gives back what it can.
+#[test]
+fn discards_punch_holes_and_write_zeroes_only_if_it_may() {
+    use blkferry::core::chunk::ChunkState;
+    use blkferry::core::geometry::ChunkId;
+    use std::os::unix::fs::MetadataExt;
+    const CHUNK: u64 = 256 << 10;
+    let (rig, mut guest) = started(Setup::default());
+    let sectors = (CHUNK / 512) as u32;
+    // The file system may count a few blocks of its own: less than what any step here gives back.
+    let allocated = |bytes: u64| {
+        let layer = std::fs::File::open(rig.dir.path().join("state/layer")).unwrap();
+        layer.sync_all().unwrap();
+        let found = layer.metadata().unwrap().blocks() * 512;
+        assert!((bytes..bytes + (32 << 10)).contains(&found), "{found} bytes are allocated, not {bytes}");
+    };
+    let fill = |guest: &mut Guest| {
+        for at in (0..4 * CHUNK).step_by(16 << 10) {
+            assert_eq!(guest.ask(0, &Ask::Out(at / 512, &pattern(16 << 10, at))).status, OK);
+        }
+    };
+    fill(&mut guest);
+    allocated(4 * CHUNK);
+    let zero = |guest: &mut Guest, kind, ranges: &[(u64, u32, u32)]| {
+        assert_eq!(guest.ask(0, &Ask::Zero(kind, ranges)).status, OK);
+    };
+    // Two whole chunks in one request of two segments.
+    zero(&mut guest, T_DISCARD, &[(0, sectors, 0), (2 * u64::from(sectors), sectors, 0)]);
+    allocated(2 * CHUNK);
+    let states = || [0, 1, 2, 3].map(|chunk| rig.volume.state(ChunkId(chunk)).unwrap());
+    use ChunkState::{Modified, Zero};
+    assert_eq!(states(), [Zero, Modified, Zero, Modified]);
+    // A part of a chunk: its pages go, its state stays.
+    zero(&mut guest, T_DISCARD, &[(u64::from(sectors), 128, 0)]);
+    allocated(2 * CHUNK - 64 * 1024);
+    assert_eq!(states()[1], Modified);
+    // Without UNMAP the space stays allocated, with it it goes; both read as zeros.
+    zero(&mut guest, T_WRITE_ZEROES, &[(u64::from(sectors) + 128, 128, 0)]);
+    allocated(2 * CHUNK - 64 * 1024);
+    zero(&mut guest, T_WRITE_ZEROES, &[(u64::from(sectors) + 128, 128, 1)]);
+    allocated(2 * CHUNK - 128 * 1024);
+    for at in (0..3 * CHUNK).step_by(16 << 10) {
+        let zeros = !(CHUNK + (128 << 10)..2 * CHUNK).contains(&at);
+        let expected = if zeros { vec![0; 16 << 10] } else { pattern(16 << 10, at) };
+        assert!(guest.ask(0, &Ask::In(at / 512, 16 << 10)).data == expected, "at {at}");
+    }
+    // Dropped space is there again when it is written.
+    fill(&mut guest);
+    allocated(4 * CHUNK);
+    assert_eq!(states(), [Modified; 4]);
+}
+
+#[test]
+fn the_offered_features_and_limits_are_those_of_the_configuration() {
+    let (_rig, mut guest) = started(Setup::default());
+    // SIZE_MAX, SEG_MAX, BLK_SIZE, FLUSH, TOPOLOGY, CONFIG_WCE, MQ, DISCARD, WRITE_ZEROES.
+    for bit in [1, 2, 6, 9, 10, 11, 12, 13, 14] {
+        assert_ne!(guest.features & 1 << bit, 0, "feature {bit}");
+    }
+    let config = guest.config(0, 60);
+    let word = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    let (size_max, seg_max) = (u64::from(word(8)), u64::from(word(12)));
+    assert_eq!((size_max, seg_max), (2 << 20, 126));
+    assert_eq!(word(20), 512, "logical blocks");
+    assert!(config[24] >= 3, "physical blocks of a page at least");
+    let (min_io, opt_io) = (u16::from_le_bytes([config[26], config[27]]), word(28));
+    assert!(u32::from(min_io) >= 1 << config[24] && u32::from(min_io) <= opt_io);
+    assert_eq!(opt_io * 512, 256 << 10, "a chunk");
+}
+
 /// A random load against a model, a slot of the disk per slot of the ring so that requests do not overlap.
 pub fn random_load(guest: &mut Guest, queue: usize, rounds: usize, seed: u64) {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);

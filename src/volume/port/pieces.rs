@@ -336,6 +336,7 @@ impl Port {
             } else if let Some(active) = self.requests.get_mut(key) {
                 position = position.max(active.position);
                 requests.push(key);
+                self.counters.count_sync();
             }
         }
         if requests.is_empty() {
