@@ -221,6 +221,45 @@ fn the_ticket_of_a_handoff_fits_this_handoff_alone() {
     world.finish();
 }
 
+/// As Cloud Hypervisor moves a guest: a pause by ENABLE(0) alone, the ticket in the VM's state, the source's front-end
+/// gone before the other one connects, which sets all up with ENABLE(1) while the VM is paused, and enables once more.
+#[test]
+fn a_guest_is_restored_from_its_device_state_by_a_front_end_that_comes_late() {
+    let mut world = world(12, 2 << 20);
+    let port = world.sides[1].port;
+    world.sides[0].migrate(port, StrategyName::Hybrid, None).unwrap();
+    world.until_state(0, MigrationState::Active);
+    for _ in 0..2 {
+        world.run(Duration::from_millis(100));
+        let World { guest, writer, .. } = &mut world;
+        guest.as_mut().unwrap().enable(false).unwrap();
+        writer.reap(guest.as_mut().unwrap());
+        assert_eq!(writer.in_flight(), 0, "a pause takes all that is available");
+        assert_eq!(world.sides[0].state(), MigrationState::Active, "and proves nothing");
+        world.guest.as_mut().unwrap().enable(true).unwrap();
+    }
+    world.run(Duration::from_millis(50));
+    let World { guest, writer, .. } = &mut world;
+    let mut old = guest.take().unwrap();
+    old.enable(false).unwrap();
+    writer.reap(&mut old);
+    let base = vhost::VhostBackend::get_vring_base(&old.link, 0).unwrap();
+    assert_eq!(world.sides[0].state(), MigrationState::PreSwitchover);
+    let ticket = save(&old).unwrap();
+    let queues = std::mem::take(&mut old.queues);
+    drop(old);
+    let mut next = world.connect(1);
+    load(&next, &ticket).unwrap();
+    next.queues = queues;
+    vhost::VhostBackend::set_vring_call(&next.link, 0, &next.queues[0].call).unwrap();
+    next.start(&[base]);
+    next.enable(true).unwrap();
+    (world.guest, world.here) = (Some(next), 1);
+    world.run(Duration::from_millis(100));
+    world.complete();
+    world.finish();
+}
+
 #[test]
 fn a_flush_at_the_destination_is_answered() {
     let mut world = world(10, 2 << 20);

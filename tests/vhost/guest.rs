@@ -16,6 +16,7 @@ use vhost::vhost_user::{Frontend as Link, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+/// Usual size of a ring.
 pub const RING: u16 = 128;
 pub const EVENT_IDX: u64 = 1 << 29;
 pub const LOG_ALL: u64 = 1 << 26;
@@ -23,10 +24,11 @@ const HALF: u64 = 8 << 20;
 /// The second region's guest-physical address.
 pub const HIGH: u64 = 1 << 32;
 const USER: u64 = 0x7f00_0000_0000;
-const QUEUE_AREA: u64 = 0x4_0000;
+const QUEUE_AREA: u64 = 0x1_0000;
 const DATA: u64 = 0x20_0000;
 /// Bytes of a slot's data buffer.
 pub const SLOT: u64 = 16 << 10;
+/// Usual number of requests that a queue may have in flight.
 pub const SLOTS: u16 = 40;
 pub const NEXT: u16 = 1;
 pub const WRITE: u16 = 2;
@@ -84,6 +86,7 @@ impl Memory {
 #[derive(Debug, Clone)]
 struct Sent {
     slot: u16,
+    status: u64,
     /// Where the guest will find data, and how much.
     data: Option<(u64, usize)>,
 }
@@ -99,6 +102,9 @@ pub struct Done {
 /// The driver's side of one ring.
 pub struct Queue {
     pub index: usize,
+    /// Entries of the ring.
+    pub ring: u16,
+    pub slots: u16,
     pub base: u64,
     pub kick: EventFd,
     pub call: EventFd,
@@ -111,9 +117,15 @@ pub struct Queue {
 
 impl Queue {
     pub fn new(index: usize) -> Self {
+        Self::with(index, RING, SLOTS)
+    }
+
+    pub fn with(index: usize, ring: u16, slots: u16) -> Self {
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         Self {
             index,
+            ring,
+            slots,
             base: index as u64 * QUEUE_AREA,
             kick: event(),
             call: event(),
@@ -121,16 +133,16 @@ impl Queue {
             available: 0,
             used: 0,
             sent: HashMap::new(),
-            free: (0..SLOTS).collect(),
+            free: (0..slots).collect(),
         }
     }
 
     pub fn available_ring(&self) -> u64 {
-        self.base + 0x1000
+        self.base + if self.ring > 256 { 0x4000 } else { 0x1000 }
     }
 
     pub fn used_ring(&self) -> u64 {
-        self.base + 0x2000
+        self.base + if self.ring > 256 { 0x5000 } else { 0x2000 }
     }
 
     pub fn header(&self, slot: u16) -> u64 {
@@ -146,7 +158,7 @@ impl Queue {
     }
 
     pub fn data(&self, slot: u16) -> u64 {
-        DATA + (self.index as u64 * u64::from(SLOTS) + u64::from(slot)) * SLOT
+        DATA + (self.index as u64 * u64::from(self.slots) + u64::from(slot)) * SLOT
     }
 }
 
@@ -167,6 +179,8 @@ pub struct Guest {
     pub queues: Vec<Queue>,
     pub features: u64,
     pub indirect: bool,
+    /// A request is two descriptors: the header and what is written lie side by side, and what is read and the status.
+    pub compact: bool,
     /// Data buffers in the second region.
     pub high: bool,
     pub inflight: Option<(VhostUserInflight, File)>,
@@ -207,6 +221,7 @@ impl Guest {
             queues,
             features,
             indirect: false,
+            compact: false,
             high: false,
             inflight: None,
             ring_log: false,
@@ -228,8 +243,8 @@ impl Guest {
     pub fn ring_config(&self, index: usize, logged: bool) -> VringConfigData {
         let queue = &self.queues[index];
         VringConfigData {
-            queue_max_size: RING,
-            queue_size: RING,
+            queue_max_size: queue.ring,
+            queue_size: queue.ring,
             flags: u32::from(logged),
             desc_table_addr: USER + queue.base,
             used_ring_addr: USER + queue.used_ring(),
@@ -246,7 +261,7 @@ impl Guest {
     pub fn set_up(&mut self, bases: &[u32]) {
         self.link.set_features(self.features).unwrap();
         if self.inflight.is_none() {
-            let wanted = VhostUserInflight::new(0, 0, self.queues.len() as u16, RING);
+            let wanted = VhostUserInflight::new(0, 0, self.queues.len() as u16, self.queues[0].ring);
             self.inflight = Some(self.link.get_inflight_fd(&wanted).unwrap());
         }
         let (region, file) = self.inflight.as_ref().unwrap();
@@ -257,7 +272,7 @@ impl Guest {
 
     pub fn set_up_rings(&mut self, bases: &[u32]) {
         for (index, base) in bases.iter().enumerate() {
-            self.link.set_vring_num(index, RING).unwrap();
+            self.link.set_vring_num(index, self.queues[index].ring).unwrap();
             self.link.set_vring_base(index, *base as u16).unwrap();
             self.set_addresses(index);
             let queue = &self.queues[index];
@@ -305,7 +320,7 @@ impl Guest {
     pub fn offer(&mut self, queue: usize, head: u16) {
         let queue = &mut self.queues[queue];
         let ring = queue.available_ring();
-        self.memory.write(ring + 4 + 2 * u64::from(queue.available % RING), &head.to_le_bytes());
+        self.memory.write(ring + 4 + 2 * u64::from(queue.available % queue.ring), &head.to_le_bytes());
         queue.available = queue.available.wrapping_add(1);
         self.memory.write(ring + 2, &queue.available.to_le_bytes());
     }
@@ -331,20 +346,29 @@ impl Guest {
             Ask::Other(kind) => (*kind, 0, &[], 0),
         };
         let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
-        let (header_at, status_at) = (queue.header(slot), queue.status(slot));
+        let (mut header_at, mut at, mut status_at) = (queue.header(slot), at, queue.status(slot));
+        let mut pieces = Vec::new();
+        if self.compact {
+            header_at = at;
+            at += 16;
+            status_at = at + out.len().max(into) as u64;
+            pieces.push((header_at, 16 + out.len() as u32, 0));
+            pieces.push((status_at - into as u64, into as u32 + 1, WRITE));
+        } else {
+            pieces.push((header_at, 16, 0));
+            let len = out.len().max(into);
+            if len > 0 {
+                pieces.push((at, len as u32, if into > 0 { WRITE } else { 0 }));
+            }
+            pieces.push((status_at, 1, WRITE));
+        }
         self.memory.write(header_at, &header);
         self.memory.write(status_at, &[0xee]);
         self.memory.write(at, out);
-        let mut pieces = vec![(header_at, 16, 0)];
-        let len = out.len().max(into);
-        if len > 0 {
-            pieces.push((at, len as u32, if into > 0 { WRITE } else { 0 }));
-        }
-        pieces.push((status_at, 1, WRITE));
-        let head = if self.indirect { slot } else { 3 * slot };
+        let head = if self.indirect { slot } else { slot * if self.compact { 2 } else { 3 } };
         let (table, first) =
             if self.indirect { (queue.table(slot), 0) } else { (queue.base + 16 * u64::from(head), head) };
-        queue.sent.insert(head, Sent { slot, data: (into > 0).then_some((at, into)) });
+        queue.sent.insert(head, Sent { slot, status: status_at, data: (into > 0).then_some((at, into)) });
         let base = queue.base;
         for (n, (address, len, flags)) in (0u16..).zip(&pieces) {
             let more = if usize::from(n) + 1 < pieces.len() { NEXT } else { 0 };
@@ -369,14 +393,15 @@ impl Guest {
         let ring = queue.used_ring();
         let now = self.memory.read16(ring + 2);
         while queue.used != now {
-            let element = self.memory.read(ring + 4 + 8 * u64::from(queue.used % RING), 8);
+            let element = self.memory.read(ring + 4 + 8 * u64::from(queue.used % queue.ring), 8);
             let head = u16::from_le_bytes([element[0], element[1]]);
             let len = u32::from_le_bytes(element[4..].try_into().unwrap());
             queue.used = queue.used.wrapping_add(1);
             // With EVENT_IDX: call me for the next one.
-            self.memory.write(queue.available_ring() + 4 + 2 * u64::from(RING), &queue.used.to_le_bytes());
+            self.memory
+                .write(queue.available_ring() + 4 + 2 * u64::from(queue.ring), &queue.used.to_le_bytes());
             let sent = queue.sent.remove(&head).unwrap_or_else(|| panic!("head {head} was not in flight"));
-            let status = self.memory.read(queue.status(sent.slot), 1)[0];
+            let status = self.memory.read(sent.status, 1)[0];
             let data = sent.data.map(|(at, len)| self.memory.read(at, len)).unwrap_or_default();
             if status == OK {
                 assert_eq!(len as usize, data.len() + 1, "used length");
@@ -393,7 +418,7 @@ impl Guest {
         if self.features & EVENT_IDX == 0 {
             return self.memory.read16(queue.used_ring()) & 1 == 0;
         }
-        let event = self.memory.read16(queue.used_ring() + 4 + 8 * u64::from(RING));
+        let event = self.memory.read16(queue.used_ring() + 4 + 8 * u64::from(queue.ring));
         queue.available.wrapping_sub(event).wrapping_sub(1) < queue.available.wrapping_sub(old)
     }
 
@@ -428,7 +453,8 @@ impl Guest {
 
     /// A new connection of the same guest, whose rings go on.
     pub fn reconnect(self, path: &Path) -> Self {
-        let Self { link, memory, queues, features, indirect, high, inflight, ring_log, log_at } = self;
+        let Self { link, memory, queues, features, indirect, compact, high, inflight, ring_log, log_at } =
+            self;
         drop(link);
         let mut next = Self::connect_with(path, queues.len(), memory);
         next.queues = queues;
@@ -436,7 +462,7 @@ impl Guest {
             next.link.set_vring_call(queue.index, &queue.call).unwrap();
             next.link.set_vring_err(queue.index, &queue.error).unwrap();
         }
-        (next.features, next.indirect, next.high) = (features, indirect, high);
+        (next.features, next.indirect, next.compact, next.high) = (features, indirect, compact, high);
         (next.inflight, next.ring_log, next.log_at) = (inflight, ring_log, log_at);
         next
     }

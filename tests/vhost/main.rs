@@ -10,13 +10,16 @@
 )]
 #![allow(unreachable_pub, reason = "modules of a test")]
 
+mod cloud_hypervisor;
 mod errors;
 mod garbage;
 mod guest;
 mod io;
 mod limits;
+mod lives;
 mod malformed;
 mod malice;
+mod matrix;
 mod migration;
 mod raw;
 mod reconnect;
