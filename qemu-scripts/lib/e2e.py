@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 
+import resize
 from process import Failure, wait_for
 from stage import MIB, Stage, provide_tools, say
 
@@ -155,6 +156,7 @@ def kill_in_pull(stage, victim):
 
 SCENARIOS = {
     "there-and-back": (there_and_back, None),
+    "resize": (resize.grow, None),
     "cancel": (cancel, SLOW),
     "fail-after-stop": (fail_after_stop, SLOW),
     "reclaim-then-move": (lambda stage: fail_after_stop(stage, again=True), SLOW),

@@ -4,6 +4,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 
@@ -51,6 +52,13 @@ class Site:
             self.argv += ["--bandwidth", str(bandwidth)]
         self.argv += extra
         self.daemon = None
+
+    def resized(self, size):
+        """Begins anew with another size: an empty store, and the arguments that go with it."""
+        state = os.path.join(self.folder, "state")
+        shutil.rmtree(state)
+        os.makedirs(state)
+        self.argv[self.argv.index("--size") + 1] = str(size)
 
     def start(self):
         """Starts the daemon, always with the same arguments, and waits until it serves."""
