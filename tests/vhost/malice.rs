@@ -99,10 +99,17 @@ fn a_memory_file_that_is_cut_under_128_requests_costs_the_front_end_its_rings() 
             raw.offer(&guest.memory, [124]);
         }
         if cut > DATA {
+            // Requests that the device itself fills (GET_ID) may have met the cut: then the ring is broken, and what had
+            // not been taken from it is never answered.
             let used = raw.used_ring() + 2;
-            wait_until("128 answers", || guest.memory.read16(used) == 128);
+            let mut broken = false;
+            wait_until("128 answers, or the error event", || {
+                broken |= raw.error.read().is_ok();
+                broken || guest.memory.read16(used) == 128
+            });
             let status = |head| raw.status_of(&guest.memory, head);
-            assert!((0..128).step_by(4).all(|head| status(head) == OK || status(head) == IOERR));
+            let answered = |head| status(head) == OK || status(head) == IOERR;
+            assert!(broken || (0..128).step_by(4).all(answered));
         } else {
             wait_until("the error event", || raw.error.read().is_ok());
         }
