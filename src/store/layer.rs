@@ -212,6 +212,21 @@ impl Layer {
         }
     }
 
+    /// Sees to it that a range is a hole. What is one already, as nearly all of a sparse volume is when it is opened, costs
+    /// a look and no change of the file.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn make_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        match seek(&self.file, SeekFrom::Data(offset)) {
+            // No data up to the end of the file, or none in the range.
+            Err(rustix::io::Errno::NXIO) => Ok(()),
+            Ok(data) if data >= offset.saturating_add(len) => Ok(()),
+            // Data; or a file system that cannot tell, and says so or calls everything data.
+            Ok(_) | Err(_) => self.punch(offset, len),
+        }
+    }
+
     /// `fdatasync`, at once and in this thread.
     ///
     /// # Errors

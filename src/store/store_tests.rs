@@ -278,3 +278,27 @@ fn a_large_sparse_volume_costs_next_to_nothing() {
         std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().metadata().unwrap().blocks() * 512).sum();
     assert!(used < 1 << 20, "{used} bytes on disk");
 }
+
+#[test]
+fn a_range_becomes_a_hole_and_a_hole_stays_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("state"), &sized(4 * CHUNK)).unwrap();
+    let used = || store.layer.file().metadata().unwrap().blocks();
+    store.layer.file().write_all_at(&[7; 8192], CHUNK).unwrap();
+    store.layer.sync().unwrap();
+    let full = used();
+    // Before it, after it, and past the end: nothing there.
+    for (offset, len) in [(0, CHUNK), (CHUNK + 8192, 3 * CHUNK - 8192), (4 * CHUNK, 4096)] {
+        store.layer.make_hole(offset, len).unwrap();
+    }
+    assert!(full > 0 && used() == full);
+    store.layer.make_hole(CHUNK + 4096, 2 * CHUNK).unwrap();
+    let mut bytes = [1; 8192];
+    store.layer.file().read_exact_at(&mut bytes, CHUNK).unwrap();
+    assert!(bytes[..4096] == [7; 4096] && bytes[4096..] == [0; 4096]);
+    // Not written to the disk yet, and no hole all the same.
+    store.layer.file().write_all_at(&[8; 4096], 2 * CHUNK).unwrap();
+    store.layer.make_hole(0, 4 * CHUNK).unwrap();
+    store.layer.file().read_exact_at(&mut bytes, 2 * CHUNK).unwrap();
+    assert_eq!((bytes, used()), ([0; 8192], 0));
+}

@@ -9,7 +9,8 @@
 //! before it is written in part. `Zero` says the same of a whole chunk; the store sees to it after a host crash, and
 //! after a kill it is true.
 //!
-//! Ranges are joined across chunks: an untouched disk is one call, whatever its size.
+//! Ranges are joined across chunks: an untouched disk is one call, whatever its size. A range without data is only looked
+//! at: a disk that is written in part all over has very many.
 
 use super::table::Table;
 use crate::core::chunk::ChunkState;
@@ -20,7 +21,7 @@ use std::ops::Range;
 
 /// Punches every range of the layer that must be a hole.
 pub(super) fn make_holes(store: &Store, table: &Table, geometry: Geometry) -> io::Result<()> {
-    let punch = |range: Range<u64>| store.layer.punch(range.start, range.end - range.start);
+    let punch = |range: Range<u64>| store.layer.make_hole(range.start, range.end - range.start);
     holes(&store.recovered.runs, table.based(), geometry, punch)
 }
 
