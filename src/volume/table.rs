@@ -66,7 +66,7 @@ use parking_lot::{Mutex, MutexGuard};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use thiserror::Error;
 
 use tally::Tally;
@@ -240,9 +240,15 @@ impl Table {
 
     /// Sets chunks as recovery found them; for the time before anybody else has the table.
     pub(super) fn restore_run(&self, run: &Run) {
-        // Untouched, and on a large new disk that is all of it.
-        if word::idle(run.state, run.version) != 0 || !run.mask.is_empty() {
+        let idle = word::idle(run.state, run.version);
+        if !run.mask.is_empty() {
             run.transitions().for_each(|transition| self.restore(&transition));
+        } else if idle != 0 {
+            // What is untouched stays without memory; an adopted disk is one run of millions.
+            for word in (run.first.index()..run.end() as usize).filter_map(|index| self.words.get(index)) {
+                word.store(idle, Relaxed);
+            }
+            self.tally.add(run.state, u64::from(run.count));
         }
     }
 

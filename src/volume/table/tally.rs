@@ -30,6 +30,13 @@ impl Tally {
         }
     }
 
+    /// So many chunks that were `Base` are in this state.
+    pub(super) fn add(&self, state: ChunkState, chunks: u64) {
+        if let Some(count) = self.of(state) {
+            count.fetch_add(chunks, Relaxed);
+        }
+    }
+
     /// Chunks in a state that is not `Base`.
     pub(super) fn get(&self, state: ChunkState) -> u64 {
         self.of(state).map_or(0, |count| count.load(Relaxed))
