@@ -103,6 +103,9 @@ class Rig:
         return self
 
     def __exit__(self, *_):
+        # A second Ctrl-C must not stop the clean-up half-way: it is short, and leaves nothing running.
+        for sig in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sig, signal.SIG_IGN)
         for process in reversed(self.processes):
             process.end(timeout=10)
         if self.keep:
