@@ -30,8 +30,10 @@ pub(super) enum Input {
     Greeted(PeerLink, Box<Hello>),
     /// The peer connection of this number said something, or ended.
     Link(u64, LinkEvent),
-    /// Guest writes were tracked.
+    /// Guest writes were tracked, for the first time since they were drained.
     Wrote,
+    /// They have been left to gather for long enough.
+    DrainDue,
     /// A task has ended; the number names the run of the migration that started it.
     Done(u64, Done),
     /// SIGTERM or SIGINT.

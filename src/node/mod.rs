@@ -7,6 +7,7 @@
 mod admission;
 pub mod daemon;
 mod destination;
+mod drain;
 mod holds;
 mod input;
 mod jobs;

@@ -14,6 +14,7 @@
 
 use super::admission::{self, Admission, Standing};
 use super::destination::DestinationDriver;
+use super::drain::DrainPace;
 use super::holds::Holds;
 use super::input::{Done, Input};
 use super::jobs::Jobs;
@@ -78,6 +79,8 @@ pub(super) struct Node {
     pub(super) rings_running: bool,
     /// Who waits for the volume to grow; no migration is armed meanwhile.
     pub(super) resizing: Option<oneshot::Sender<Result<(), Denied>>>,
+    /// When the tracker is drained next, at the earliest.
+    pub(super) drain: DrainPace,
     pub(super) wire_before: u64,
     pub(super) link_number: u64,
     pub(super) inputs: mpsc::UnboundedSender<Input>,
@@ -180,7 +183,8 @@ impl Node {
             }
             Input::Link(number, event) if number == self.link_number => self.on_link(event),
             Input::Link(..) | Input::Shutdown => {}
-            Input::Wrote => self.drain_tracker(),
+            Input::Wrote => self.drain_soon(),
+            Input::DrainDue => self.drain_due(),
             Input::Done(run, done) => self.on_done(run, done),
         }
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The node as a migration source: carries out what the [`SourceSession`] decides.
 
+use super::input::Input;
 use super::node::Node;
 use super::report::Outcome;
 use super::status::{Denied, MigrationRequest, StartMode, StrategyName};
@@ -14,7 +15,8 @@ use crate::frontend::signal::Verdict;
 use crate::peer::connect::parse_destination;
 use crate::peer::{ConnectParams, LinkOptions, LinkSender};
 use crate::volume::Closed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use tokio::task::spawn_local;
 
 /// Chunks that may be captured or unacknowledged at a time: 16 MiB at the default chunk size.
 const PUSH_WINDOW: u32 = 64;
@@ -157,6 +159,23 @@ impl Node {
         self.throttle.set_rate(bandwidth);
         let link = LinkOptions { throttle: self.throttle.clone(), ..LinkOptions::default() };
         ConnectParams { streams: connections, tls: self.tls.clone(), link, ..ConnectParams::default() }
+    }
+
+    /// Drains the tracker when enough has gathered.
+    pub(super) fn drain_soon(&self) {
+        let (inputs, wait) = (self.inputs.clone(), self.drain.wait);
+        spawn_local(async move {
+            tokio::time::sleep(wait).await;
+            // Nobody listens any more: the node has ended.
+            drop(inputs.send(Input::DrainDue));
+        });
+    }
+
+    /// Drains the tracker, and takes as long a rest as that was work.
+    pub(super) fn drain_due(&mut self) {
+        let begin = Instant::now();
+        self.drain_tracker();
+        self.drain.took(begin.elapsed());
     }
 
     /// Hands what the tracker has seen to the session.
