@@ -453,7 +453,7 @@ impl UringEngine {
     }
 
     /// Pins this memory, so that transfers from and to it cost less, instead of what was pinned before; `None` pins
-    /// nothing. See the limits in [`fixed`](super::fixed).
+    /// nothing. It stays resident, and counts against `RLIMIT_MEMLOCK`.
     ///
     /// # Errors
     /// The kernel's: `RLIMIT_MEMLOCK`, or no memory. Everything works all the same, only not faster.

@@ -6,7 +6,7 @@
 //!
 //! Each message is looked at before the `vhost` crate reads it. The crate ends the connection on messages that it
 //! does not know, and does not answer SET_LOG_FD; those are swallowed here, and answered if the front-end asked for
-//! that. SET_BACKEND_REQ_FD is taken here too ([`back_channel`](super::back_channel) says why). After an error the connection goes on unless an answer is owed that cannot be given, for then the
+//! that. SET_BACKEND_REQ_FD is taken here too (`back_channel` says why). After an error the connection goes on unless an answer is owed that cannot be given, for then the
 //! front-end, with QEMU's big lock held, would wait for ever: closing is what it can recover from.
 
 use super::back_channel::{self, BackChannel};

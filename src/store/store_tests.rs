@@ -8,6 +8,9 @@ use crate::core::message::Version;
 use crate::core::record::{MigrationRecord, Role};
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 const CHUNK: u64 = DEFAULT_CHUNK_SIZE as u64;
 
@@ -301,4 +304,26 @@ fn a_range_becomes_a_hole_and_a_hole_stays_one() {
     store.layer.make_hole(0, 4 * CHUNK).unwrap();
     store.layer.file().read_exact_at(&mut bytes, 2 * CHUNK).unwrap();
     assert_eq!((bytes, used()), ([0; 8192], 0));
+}
+
+#[test]
+fn a_new_daemon_waits_for_the_io_of_a_killed_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state");
+    let store = Store::open(&state, &sized(1 << 20)).unwrap();
+    // What the kernel still has of a dead process: the open file that its rings were given.
+    let in_the_kernel = store.layer.file().try_clone().unwrap();
+    drop(store);
+    let ended = Arc::new(AtomicBool::new(false));
+    let io = std::thread::spawn({
+        let ended = Arc::clone(&ended);
+        move || {
+            std::thread::sleep(Duration::from_millis(200));
+            ended.store(true, Ordering::SeqCst);
+            drop(in_the_kernel);
+        }
+    });
+    drop(Store::open(&state, &StoreParams::default()).unwrap());
+    assert!(ended.load(Ordering::SeqCst), "it opened while old writes could still come");
+    io.join().unwrap();
 }

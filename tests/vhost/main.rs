@@ -25,3 +25,4 @@ mod raw;
 mod reconnect;
 mod resize;
 mod rig;
+mod tuning;

@@ -21,6 +21,7 @@ pub struct Rig {
     pub volume: Arc<Volume>,
     pub frontend: Option<Frontend>,
     pub signals: Arc<Mutex<Vec<HypervisorSignal>>>,
+    pub tuning: QueueTuning,
     pub drain_limit: Duration,
     _events: VolumeEvents,
 }
@@ -32,6 +33,7 @@ pub struct Setup {
     pub read_only: bool,
     pub policy: Policy,
     pub drain_limit: Duration,
+    pub tuning: QueueTuning,
     pub base: Option<PathBuf>,
     pub chunk_size: Option<u32>,
     /// Where the state directory is, if not beside the socket.
@@ -46,6 +48,7 @@ impl Default for Setup {
             read_only: false,
             policy: Box::new(|_| None),
             drain_limit: Duration::from_secs(20),
+            tuning: QueueTuning::default(),
             base: None,
             chunk_size: None,
             state: None,
@@ -81,9 +84,9 @@ impl Rig {
         let _ = env_logger::builder().is_test(true).try_init();
         let dir = tempfile::tempdir().unwrap();
         let (volume, events) = open_volume(&dir, &setup);
-        let drain_limit = setup.drain_limit;
+        let (drain_limit, tuning) = (setup.drain_limit, setup.tuning.clone());
         let signals = Arc::default();
-        let mut rig = Self { dir, volume, frontend: None, signals, drain_limit, _events: events };
+        let mut rig = Self { dir, volume, frontend: None, signals, drain_limit, tuning, _events: events };
         rig.spawn(setup.queues, false, setup.policy);
         rig
     }
@@ -98,7 +101,7 @@ impl Rig {
             serial: "test-serial".to_owned(),
             reconnect,
             drain_limit: self.drain_limit,
-            tuning: QueueTuning::default(),
+            tuning: self.tuning.clone(),
         };
         let (volume, seen) = (Arc::clone(&self.volume), Arc::clone(&self.signals));
         self.frontend = Some(Frontend::spawn(&options, Arc::clone(&self.volume), sender).unwrap());

@@ -25,7 +25,7 @@ impl RequestOp {
 }
 
 /// The status for an error of the file.
-fn status_of(result: &io::Result<()>) -> Status {
+pub(super) fn status_of(result: &io::Result<()>) -> Status {
     match result {
         Ok(()) => Status::Ok,
         Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Status::Unsupported,

@@ -430,3 +430,14 @@ fn a_long_request_has_few_pieces_at_a_time() {
     // All pieces of this one end at once, without the disk.
     assert!(daemon.read_now(0, len).iter().all(|byte| *byte == 0));
 }
+
+#[test]
+fn an_error_of_the_file_has_its_status() {
+    let status = |errno| super::pieces::status_of(&Err(std::io::Error::from_raw_os_error(errno)));
+    for errno in [libc::EIO, libc::ENOSPC, libc::EFAULT, libc::EDQUOT, libc::EINVAL] {
+        assert_eq!(status(errno), Status::IoError);
+    }
+    assert_eq!(status(libc::EOPNOTSUPP), Status::Unsupported);
+    assert_eq!(super::pieces::status_of(&Err(std::io::ErrorKind::UnexpectedEof.into())), Status::IoError);
+    assert_eq!(super::pieces::status_of(&Ok(())), Status::Ok);
+}
