@@ -144,6 +144,7 @@ fn status_of(code: &str) -> StatusCode {
 #[utoipa::path(get, path = "/api/v1/volume", tag = "volume",
     responses((status = 200, description = "The volume as it is now.", body = VolumeStatus)))]
 async fn get_volume(State(api): State<Api>) -> Json<VolumeStatus> {
+    api.node.refresh().await;
     Json(api.node.snapshots.borrow().volume.clone())
 }
 
@@ -173,6 +174,7 @@ async fn put_volume(
 #[utoipa::path(get, path = "/api/v1/migration", tag = "migration",
     responses((status = 200, description = "The newest migration; state `none` without one.", body = MigrationStatus)))]
 async fn get_migration(State(api): State<Api>) -> Json<MigrationStatus> {
+    api.node.refresh().await;
     Json(api.node.snapshots.borrow().migration.clone())
 }
 
@@ -219,13 +221,14 @@ async fn delete_migration(State(api): State<Api>) -> Result<(StatusCode, Json<Mi
         (MigrationStatus): one of each at once, then one for each change.", body = String,
         content_type = "text/event-stream")))]
 async fn get_events(State(api): State<Api>) -> Response {
-    events::stream(api.node.snapshots, api.stopping).into_response()
+    events::stream(api.node, api.stopping).into_response()
 }
 
 #[utoipa::path(get, path = "/metrics", tag = "metrics",
     responses((status = 200, description = "Metrics in the OpenMetrics text format.", body = String,
         content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8")))]
 async fn get_metrics(State(api): State<Api>) -> Result<Response, Refusal> {
+    api.node.refresh().await;
     let text = metrics::text(&api.registry).map_err(|error| Denied::new("internal", error.to_string()))?;
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response())
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Metrics in the OpenMetrics text format.
 //!
-//! Values are read from the newest snapshot when somebody scrapes: the guest's I/O path pays nothing for a scrape
+//! Values are read from a snapshot that is made when somebody scrapes: the guest's I/O path pays nothing for a scrape
 //! that does not come. Counters that belong to a migration start again at zero with the next one, as a counter may.
 
 use super::words;

@@ -11,7 +11,7 @@ use super::input::Input;
 use super::jobs::Jobs;
 use super::node::{Node, RoleDriver};
 use super::report::Report;
-use super::status::{ChunkCounts, Command, NodeHandle, Snapshot};
+use super::status::{Command, NodeHandle, Snapshot};
 use crate::config::Config;
 use crate::core::geometry::{ChunkId, Geometry};
 use crate::core::message::{Epoch, Hello, Message, Refusal};
@@ -270,8 +270,6 @@ async fn build(config: Config, store: Store, plumbing: Plumbing) -> Result<Node,
         snapshots,
         started: Instant::now(),
         fault: String::new(),
-        counted: None,
-        counts: ChunkCounts::default(),
         shown: None,
         config,
     };

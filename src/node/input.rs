@@ -34,6 +34,8 @@ pub(super) enum Input {
     Wrote,
     /// They have been left to gather for long enough.
     DrainDue,
+    /// Upkeep was put off, and its time has come.
+    Upkeep,
     /// A task has ended; the number names the run of the migration that started it.
     Done(u64, Done),
     /// SIGTERM or SIGINT.

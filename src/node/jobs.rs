@@ -35,6 +35,30 @@ struct Write {
     remaining: Option<RemainingEntries>,
 }
 
+/// Held by whoever works on journal and map. When it is dropped, what came too late is asked for again.
+struct Tidying {
+    inputs: UnboundedSender<Input>,
+    tidying: Rc<Cell<bool>>,
+    owed: Rc<Cell<Option<bool>>>,
+}
+
+impl Tidying {
+    /// One more look is needed.
+    fn owe(&self) {
+        self.owed.set(Some(self.owed.get().unwrap_or(false)));
+    }
+}
+
+impl Drop for Tidying {
+    fn drop(&mut self) {
+        self.tidying.set(false);
+        if self.owed.get().is_some() {
+            // The node ends last; if it is gone, nothing is looked after any more.
+            let _ = self.inputs.send(Input::Upkeep);
+        }
+    }
+}
+
 /// Starts jobs.
 pub(super) struct Jobs {
     inputs: UnboundedSender<Input>,
@@ -46,7 +70,8 @@ pub(super) struct Jobs {
     writing: bool,
     moving: Rc<Cell<u32>>,
     tidying: Rc<Cell<bool>>,
-    commit_owed: Cell<bool>,
+    /// What was asked of the upkeep while it was busy, and whether that was a commit too.
+    owed: Rc<Cell<Option<bool>>>,
 }
 
 impl Jobs {
@@ -61,7 +86,7 @@ impl Jobs {
             writing: false,
             moving: Rc::default(),
             tidying: Rc::default(),
-            commit_owed: Cell::new(false),
+            owed: Rc::default(),
         }
     }
 
@@ -208,37 +233,52 @@ impl Jobs {
         });
     }
 
-    /// Commits what has come so far, and rotates the journal when it has grown; reports nothing.
+    /// Commits what has come so far, and rotates the journal when it has grown; reports nothing. A rotation that failed
+    /// is tried again: nobody asks for it twice.
     pub(super) fn upkeep(&self, commit: bool) {
         // One at a time; what is left out comes with the next.
-        let commit = self.commit_owed.take() || commit;
-        if self.tidying.replace(true) {
-            return self.commit_owed.set(commit);
+        let commit = self.owed.take().unwrap_or(false) || commit;
+        if self.tidying.get() {
+            return self.owed.set(Some(commit));
         }
-        let (transfer, tidying) = (Rc::clone(&self.transfer), Rc::clone(&self.tidying));
+        let (transfer, tidied) = (Rc::clone(&self.transfer), self.tidy());
         spawn_local(async move {
             if commit && let Err(error) = transfer.sync().await {
                 log::error!("the volume cannot be made durable: {error}");
             }
             if let Err(error) = transfer.maybe_rotate().await {
                 log::error!("the chunk map's journal cannot be rotated: {error}");
+                tokio::time::sleep(RETRY_WRITE).await;
+                tidied.owe();
             }
-            tidying.set(false);
         });
+    }
+
+    /// Keeps others from the journal and the map until it is dropped.
+    fn tidy(&self) -> Tidying {
+        self.tidying.set(true);
+        Tidying {
+            inputs: self.inputs.clone(),
+            tidying: Rc::clone(&self.tidying),
+            owed: Rc::clone(&self.owed),
+        }
     }
 
     /// Drops everything that came, once no chunk is being written any more.
     pub(super) fn wipe(&self) {
         let transfer = Rc::clone(&self.transfer);
-        let (moving, tidying) = (Rc::clone(&self.moving), Rc::clone(&self.tidying));
+        let (moving, tidying, owed) =
+            (Rc::clone(&self.moving), Rc::clone(&self.tidying), Rc::clone(&self.owed));
+        let inputs = self.inputs.clone();
         self.spawn(async move {
             // A checkpoint of what is being dropped must not come after it.
             while moving.get() > 0 || tidying.get() {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
             tidying.set(true);
+            let tidied = Tidying { inputs, tidying, owed };
             let result = transfer.wipe().await.map_err(|e| e.to_string());
-            tidying.set(false);
+            drop(tidied);
             Done::Wiped(result)
         });
     }

@@ -34,11 +34,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
-/// How often counters are published while nothing else happens.
-const PUBLISH_EVERY: Duration = Duration::from_millis(200);
-/// How often the journal is looked after.
-const UPKEEP_EVERY: Duration = Duration::from_secs(1);
-
 /// What this node is.
 pub(super) enum RoleDriver {
     /// Owns the disk.
@@ -87,8 +82,6 @@ pub(super) struct Node {
     pub(super) snapshots: watch::Sender<Snapshot>,
     pub(super) started: Instant,
     pub(super) fault: String,
-    pub(super) counted: Option<(Instant, crate::volume::IoTotals)>,
-    pub(super) counts: super::status::ChunkCounts,
     /// What the last snapshot says.
     pub(super) shown: Option<(Standing, MigrationState)>,
 }
@@ -99,12 +92,11 @@ impl Node {
         self.started.elapsed()
     }
 
-    /// Takes inputs until a shutdown is asked for.
+    /// Takes inputs until a shutdown is asked for. Nothing here happens only because time passes: many idle daemons on
+    /// one host must cost nothing. Who wants to know how things are asks.
     pub(super) async fn run(mut self, mut inputs: mpsc::UnboundedReceiver<Input>) {
-        let mut publish = tokio::time::interval(PUBLISH_EVERY);
-        publish.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut upkeep = tokio::time::interval(UPKEEP_EVERY);
-        upkeep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // What was due before anybody listened is not told again.
+        self.jobs.upkeep(false);
         loop {
             self.pump();
             let timeout = self.next_timeout();
@@ -114,8 +106,6 @@ impl Node {
                     Some(input) => self.take(input),
                 },
                 () = tokio::time::sleep(timeout) => self.handle_timeout(),
-                _ = publish.tick() => self.publish(),
-                _ = upkeep.tick() => self.jobs.upkeep(false),
             }
         }
         self.publish();
@@ -185,6 +175,7 @@ impl Node {
             Input::Link(..) | Input::Shutdown => {}
             Input::Wrote => self.drain_soon(),
             Input::DrainDue => self.drain_due(),
+            Input::Upkeep => self.jobs.upkeep(false),
             Input::Done(run, done) => self.on_done(run, done),
         }
     }
@@ -263,6 +254,11 @@ impl Node {
                 let _ = answer.send(self.cancel());
             }
             Command::Resize(size, answer) => self.resize(size, answer),
+            Command::Refresh(answer) => {
+                self.publish();
+                let _ = answer.send(Ok(()));
+                return;
+            }
         }
         self.publish();
     }
@@ -383,8 +379,6 @@ impl Node {
         if gives {
             self.volume.tracker().disarm();
         }
-        // Nothing may change a chunk for long from here on: the last count must be of now.
-        self.counted = None;
         match (gives, &outcome) {
             // Keeps saying that it has let go, until the same disk comes back.
             (true, Outcome::Completed) => {}

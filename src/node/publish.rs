@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Publishes what the node knows, as one [`Snapshot`] on a watch channel.
+//! Publishes what the node knows, as one [`Snapshot`] on a watch channel: when its role or a migration's state changes,
+//! and when somebody asks ([`Command::Refresh`](super::status::Command::Refresh)). Counters change with every request
+//! of the guest, and are read only then.
 
 use super::admission::Standing;
 use super::node::{Node, RoleDriver};
 use super::report::hex;
 use super::status::{ChunkCounts, IoCounts, Snapshot, VolumeStatus};
-use std::time::{Duration, Instant};
-
-/// How often chunks are counted at the most.
-const COUNT_EVERY: Duration = Duration::from_secs(2);
 
 /// A standing in the words of docs/ARCHITECTURE.md.
 fn stage_name(standing: Standing) -> &'static str {
@@ -59,28 +57,19 @@ impl Node {
         });
     }
 
-    /// Counting looks at every chunk: not more often than it may have changed, nor than anybody can read.
-    fn chunk_counts(&mut self) -> ChunkCounts {
-        let totals = self.volume.io();
-        let due = self.counted.is_none_or(|(at, last)| {
-            at.elapsed() >= COUNT_EVERY && (last != totals || self.report.running())
-        });
-        if due {
-            let counts = self.volume.counts();
-            self.counted = Some((Instant::now(), totals));
-            self.counts = ChunkCounts {
-                base: counts.base,
-                zero: counts.zero,
-                local: counts.local,
-                modified: counts.modified,
-                remote: counts.remote,
-                installing: counts.installing,
-            };
+    fn chunk_counts(&self) -> ChunkCounts {
+        let counts = self.volume.counts();
+        ChunkCounts {
+            base: counts.base,
+            zero: counts.zero,
+            local: counts.local,
+            modified: counts.modified,
+            remote: counts.remote,
+            installing: counts.installing,
         }
-        self.counts
     }
 
-    fn volume_status(&mut self) -> VolumeStatus {
+    fn volume_status(&self) -> VolumeStatus {
         let totals = self.volume.io();
         let io = IoCounts {
             reads: totals.reads,

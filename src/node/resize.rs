@@ -42,7 +42,6 @@ impl Node {
             Ok(()) => {
                 log::info!("the volume has {size} bytes");
                 self.frontend.capacity_changed(size);
-                self.counted = None;
             }
             Err(error) => log::warn!("the volume keeps its {size} bytes: {error}"),
         }

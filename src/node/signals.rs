@@ -227,6 +227,7 @@ impl Node {
                 }
             }
             VolumeEvent::Fault(text) => self.fault(&text),
+            VolumeEvent::RotationDue => self.jobs.upkeep(false),
         }
     }
 }

@@ -2,8 +2,10 @@
 //! What the node tells about itself, and what it may be asked: the whole surface between `node` and `control`.
 
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 use utoipa::ToSchema;
 
 /// State of a migration, in QEMU's words.
@@ -263,6 +265,8 @@ pub enum Command {
     Cancel(oneshot::Sender<Result<(), Denied>>),
     /// Make the volume larger: the new size in bytes.
     Resize(u64, oneshot::Sender<Result<(), Denied>>),
+    /// Publish a snapshot of now, and then answer.
+    Refresh(oneshot::Sender<Result<(), Denied>>),
 }
 
 impl Command {
@@ -271,18 +275,38 @@ impl Command {
         let denied = Err(Denied::new(code, message));
         // A client that went away does not want the answer.
         match self {
-            Self::Migrate(_, answer) | Self::Cancel(answer) | Self::Resize(_, answer) => {
-                drop(answer.send(denied))
-            }
+            Self::Migrate(_, answer)
+            | Self::Cancel(answer)
+            | Self::Resize(_, answer)
+            | Self::Refresh(answer) => drop(answer.send(denied)),
         }
     }
 }
+
+/// How long a reader waits for a node that has no snapshot of now; then the last one must do.
+const REFRESH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A handle on the running node; cheap to clone.
 #[derive(Debug, Clone)]
 pub struct NodeHandle {
     /// Commands, in order.
     pub commands: mpsc::Sender<Command>,
-    /// The newest snapshot.
+    /// The newest snapshot. The node publishes one when its state changes; [`refresh`](Self::refresh) before counters
+    /// are read.
     pub snapshots: watch::Receiver<Snapshot>,
+}
+
+impl NodeHandle {
+    /// Makes the newest snapshot one of now. A node that is not ready to tell, or has ended, leaves it as it is.
+    pub async fn refresh(&self) {
+        let (reply, answer) = oneshot::channel();
+        let asked = async {
+            if self.commands.send(Command::Refresh(reply)).await.is_ok() {
+                // A refusal comes from a daemon that has no volume yet, and so no snapshot.
+                drop(answer.await);
+            }
+        };
+        // Nothing better can be told then than what was known last.
+        let _ = timeout(REFRESH_TIMEOUT, asked).await;
+    }
 }

@@ -29,8 +29,8 @@ use crate::core::geometry::ChunkId;
 use crate::core::message::{Epoch, Version};
 use parking_lot::Mutex;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// A journal longer than this many bytes asks for a rotation.
 pub const ROTATE_AT: u64 = 8 << 20;
@@ -81,6 +81,8 @@ struct Active {
     synced: u64,
     /// A sync failed: nothing in this generation or before can be made durable any more.
     broken: Option<u64>,
+    /// That this journal is due for a rotation has been told.
+    told: bool,
 }
 
 impl Active {
@@ -89,6 +91,15 @@ impl Active {
         self.journal.append(&Frame { seq, synced: self.synced, content })?;
         self.seq = seq;
         Ok(seq)
+    }
+
+    fn is_due(&self) -> bool {
+        self.journal.len() > ROTATE_AT || self.broken.is_some()
+    }
+
+    /// Whether a rotation is due, and nobody has been told so.
+    fn becomes_due(&mut self) -> bool {
+        self.is_due() && !std::mem::replace(&mut self.told, true)
     }
 }
 
@@ -103,6 +114,7 @@ pub struct ChunkMap {
     committing: Mutex<()>,
     /// Held for the time of a rotation.
     rotating: Mutex<()>,
+    when_due: OnceLock<Box<dyn Fn() + Send + Sync>>,
     keep_versions: AtomicBool,
 }
 
@@ -162,6 +174,7 @@ impl ChunkMap {
             handoff_from: 0,
             synced: 0,
             broken: None,
+            told: false,
         };
         let map = Self {
             folder: Arc::clone(folder),
@@ -170,6 +183,7 @@ impl ChunkMap {
             active: Mutex::new(active),
             committing: Mutex::new(()),
             rotating: Mutex::new(()),
+            when_due: OnceLock::new(),
             keep_versions: AtomicBool::new(false),
         };
         Ok((map, recovered))
@@ -185,8 +199,12 @@ impl ChunkMap {
             return Ok(());
         }
         let runs = runs_of(transitions)?;
-        let mut active = self.active.lock();
-        active.noted = active.append(Content::Notes(runs))?;
+        let due = {
+            let mut active = self.active.lock();
+            active.noted = active.append(Content::Notes(runs))?;
+            active.becomes_due()
+        };
+        self.tell(due);
         Ok(())
     }
 
@@ -237,6 +255,9 @@ impl ChunkMap {
             }
             Err(_) => active.broken = Some(generation),
         }
+        let due = active.becomes_due();
+        drop(active);
+        self.tell(due);
         synced
     }
 
@@ -265,8 +286,20 @@ impl ChunkMap {
     /// Whether the journal has grown so long (or is broken) that it is time to [`rotate`](Self::rotate).
     #[must_use]
     pub fn wants_rotation(&self) -> bool {
-        let active = self.active.lock();
-        active.journal.len() > ROTATE_AT || active.broken.is_some()
+        self.active.lock().is_due()
+    }
+
+    /// Calls `tell`, once for each journal, when it becomes time to [`rotate`](Self::rotate), from the thread that noted
+    /// or committed: it must not wait. What was due before is not told.
+    pub fn when_due(&self, tell: impl Fn() + Send + Sync + 'static) {
+        // The volume that the map is for sets it, once.
+        drop(self.when_due.set(Box::new(tell)));
+    }
+
+    fn tell(&self, due: bool) {
+        if due && let Some(tell) = self.when_due.get() {
+            tell();
+        }
     }
 
     /// Replaces journal and checkpoint by new ones. `record` tells how a chunk stands *as published*, and must take
@@ -321,6 +354,7 @@ impl ChunkMap {
             let mut active = self.active.lock();
             let old = std::mem::replace(&mut active.journal, journal);
             active.older.push(Arc::clone(old.file()));
+            active.told = false;
             // What was noted before this handoff is in the copy.
             (active.seq + 1, active.handoff)
         };

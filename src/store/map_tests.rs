@@ -293,6 +293,39 @@ fn t15_a_commit_that_began_before_a_handoff_does_not_count_for_it() {
 }
 
 #[test]
+fn that_a_rotation_is_due_is_told_once_for_each_journal() {
+    let disk = Disk::new();
+    let map = fresh(&disk);
+    let told = Arc::new(AtomicU32::new(0));
+    let teller = Arc::clone(&told);
+    map.when_due(move || {
+        teller.fetch_add(1, Ordering::SeqCst);
+    });
+    let told = || told.load(Ordering::SeqCst);
+    let notes: Vec<_> = (1..=1000).map(nth).collect();
+    for round in 1..=2 {
+        while !map.wants_rotation() {
+            assert_eq!(told(), round - 1);
+            map.note(&notes).unwrap();
+        }
+        assert_eq!(told(), round);
+        map.note(&notes).unwrap();
+        assert_eq!(told(), round, "the same journal");
+        map.rotate(|chunk| after(1000)[chunk.index()], || Ok(())).unwrap();
+    }
+    // A broken journal is due whatever its length; one that breaks while a rotation fails too.
+    map.note(&[nth(1)]).unwrap();
+    disk.fail_at(2, Fault::Errno(libc::EIO));
+    assert!(map.commit(map.position()).is_err());
+    disk.heal();
+    assert_eq!(told(), 3);
+    assert!(map.rotate(|chunk| after(1)[chunk.index()], || Err(io::Error::other("no"))).is_err());
+    assert!(map.wants_rotation());
+    map.note(&[nth(2)]).unwrap();
+    assert_eq!(told(), 4, "another journal, and still due");
+}
+
+#[test]
 fn a_journal_whose_sync_failed_is_trusted_again_only_after_a_rotation() {
     let disk = Disk::new();
     let map = fresh(&disk);

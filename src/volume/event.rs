@@ -4,7 +4,7 @@
 //! The channel has no limit of its own, because a queue thread can neither wait for the companion nor lose a
 //! demand; it is bounded by what can be sent. `Demand`: once for a chunk while pieces wait for its content, so
 //! never more than there are parked pieces. `Overwritten`: once for a chunk that was `Remote`, so over a migration
-//! never more than the remaining set. `Fault`: once for a volume. What comes for every write goes through the
+//! never more than the remaining set. `Fault`: once for a volume. `RotationDue`: once for a journal. What comes for every write goes through the
 //! tracker's bitmap instead.
 
 use crate::core::geometry::ChunkId;
@@ -34,6 +34,8 @@ pub enum VolumeEvent {
     Overwritten(ChunkId),
     /// The volume cannot keep its promises any more (its layer cannot be synced); in words.
     Fault(String),
+    /// The chunk map's journal has grown long, or is broken: call `Transfer::maybe_rotate`, until it succeeds.
+    RotationDue,
 }
 
 /// The companion's end of the channel.

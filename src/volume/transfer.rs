@@ -415,7 +415,7 @@ impl Transfer {
     }
 
     /// Replaces the journal by a checkpoint if it has grown long or is broken; returns whether it did. Guest I/O goes
-    /// on meanwhile. Call it every second or so.
+    /// on meanwhile. Call it at the start and when `VolumeEvent::RotationDue` says so.
     ///
     /// # Errors
     /// `Store`; nothing is lost, and the next call tries again.

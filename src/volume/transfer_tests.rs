@@ -268,6 +268,24 @@ fn a_rotation_under_way_loses_no_transition() {
     assert_eq!(daemon.read_now(third, 512), [0xba; 512]);
 }
 
+#[test]
+fn a_journal_that_grows_long_asks_for_its_rotation_by_itself() {
+    let disk = with_base();
+    let mut daemon = disk.open();
+    let long = vec![
+        Transition { chunk: C0, state: ChunkState::Base, mask: BlockMask(1), version: Version(0) };
+        1000
+    ];
+    while !daemon.volume.map().wants_rotation() {
+        assert!(daemon.events.try_recv().is_err(), "it is not long yet");
+        daemon.volume.map().note(&long).unwrap();
+    }
+    assert_eq!(daemon.events.try_recv(), Ok(VolumeEvent::RotationDue));
+    assert!(daemon.runtime.block_on(daemon.transfer.maybe_rotate()).unwrap());
+    assert!(!daemon.runtime.block_on(daemon.transfer.maybe_rotate()).unwrap());
+    assert!(daemon.events.try_recv().is_err(), "a new journal is short");
+}
+
 /// Stamps every word of a sector with one number.
 fn stamp(number: u32) -> Vec<u8> {
     number.to_le_bytes().repeat(128)

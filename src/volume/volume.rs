@@ -134,6 +134,8 @@ impl Volume {
         store.recovered.runs.iter().for_each(|run| table.restore_run(run));
         super::recovery::make_holes(&store, &table, geometry)?;
         let (events, receiver) = mpsc::unbounded_channel();
+        let due = events.clone();
+        store.map.when_due(move || drop(due.send(VolumeEvent::RotationDue)));
         let ports = Arc::new(Ports::default());
         let volume = Self {
             options,

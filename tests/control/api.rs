@@ -65,6 +65,30 @@ async fn volume_and_migration_are_the_snapshots() {
 }
 
 #[tokio::test]
+async fn what_is_read_is_of_the_moment_it_was_asked_for() {
+    let node = Node::start();
+    node.script.lock().busy_guest = true;
+    assert_eq!(node.client().volume().await.unwrap().io.flushes, 1);
+    node.client().migration().await.unwrap();
+    let text = node.client().metrics().await.unwrap();
+    assert!(text.contains("blkferry_requests_total{op=\"flush\"} 3\n"), "{text}");
+    // Nobody but the listener asks.
+    let mut events = node.client().events().await.unwrap();
+    let mut told = 3;
+    while told < 6 {
+        if let Some(Change::Volume(volume)) = events.next().await.unwrap() {
+            assert!(volume.io.flushes > told);
+            told = volume.io.flushes;
+        }
+    }
+    drop(events);
+    // A node that has gone leaves its last word.
+    node.script.lock().vanish = true;
+    let last = node.client().volume().await.unwrap().io.flushes;
+    assert_eq!(node.client().volume().await.unwrap().io.flushes, last);
+}
+
+#[tokio::test]
 async fn a_request_arrives_whole_and_its_answer_shows_it() {
     for publish_late in [false, true] {
         let node = Node::start();

@@ -21,6 +21,8 @@ pub(crate) struct Script {
     pub(crate) deny_cancel: Option<Denied>,
     /// Answer a request before the snapshot shows it.
     pub(crate) publish_late: bool,
+    /// With every refresh the guest has flushed once more.
+    pub(crate) busy_guest: bool,
     /// Go away instead of answering.
     pub(crate) vanish: bool,
 }
@@ -162,6 +164,12 @@ async fn obey(
                     snapshots.send_modify(|snapshot| snapshot.volume.size = size);
                 }
                 let _ = reply.send(denied.map_or(Ok(()), Err));
+            }
+            Command::Refresh(reply) => {
+                if script.lock().busy_guest {
+                    snapshots.send_modify(|snapshot| snapshot.volume.io.flushes += 1);
+                }
+                let _ = reply.send(Ok(()));
             }
             Command::Cancel(reply) => {
                 let denied = {

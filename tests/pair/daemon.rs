@@ -139,6 +139,17 @@ impl Daemon {
         self.runtime.block_on(self.client().volume()).unwrap()
     }
 
+    /// How often a thread of the daemon has gone to sleep.
+    pub fn sleeps(&self) -> u64 {
+        let tasks = format!("/proc/{}/task", self.child.as_ref().unwrap().id());
+        let of = |task: std::io::Result<std::fs::DirEntry>| {
+            let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+            line.trim().parse::<u64>().unwrap()
+        };
+        std::fs::read_dir(tasks).unwrap().map(of).sum()
+    }
+
     /// Arms a migration to the daemon that listens on `port`.
     pub fn migrate(
         &self,

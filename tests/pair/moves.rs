@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Moves in which nobody dies.
 
+use crate::daemon::Daemon;
 use crate::guest::{Ask, Guest, Memory, Queue};
 use crate::world::{Setup, World};
 use blkferry::node::status::{MigrationState, StrategyName};
@@ -29,6 +30,28 @@ fn a_disk_with_a_base_image_and_an_odd_size_moves() {
     world.run(Duration::from_millis(300));
     world.travel(StrategyName::Hybrid);
     world.run(Duration::from_millis(200));
+    world.finish();
+}
+
+#[test]
+fn daemons_with_nothing_to_do_sleep_and_still_know_what_happened() {
+    let mut world = World::new(Setup { seed: 7, ..Setup::default() });
+    world.populate(30);
+    world.idle = true;
+    world.settle();
+    let before = world.sides[0].volume();
+    // What was asked just now may still be on its way out: the counting begins at a quiet moment, or never.
+    world.until("a rest", |world| {
+        let before = world.sides.each_ref().map(Daemon::sleeps);
+        std::thread::sleep(Duration::from_secs(1));
+        before == world.sides.each_ref().map(Daemon::sleeps)
+    });
+    world.write(0..8);
+    let after = world.sides[0].volume();
+    assert_eq!(
+        (after.io.writes, after.io.written_bytes),
+        (before.io.writes + 1, before.io.written_bytes + 4096)
+    );
     world.finish();
 }
 
