@@ -23,7 +23,8 @@ fn blkferryd() -> &'static Path {
         let profile = if folder.ends_with("release") { "release" } else { "test" };
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let status = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--package", "blkferry", "--bin", "blkferryd", "--profile", profile])
+            // With the features of the whole workspace, as it has mostly been built already.
+            .args(["build", "--quiet", "--workspace", "--bin", "blkferryd", "--profile", profile])
             .arg("--target-dir")
             .arg(folder.parent().unwrap())
             .current_dir(root)
