@@ -20,9 +20,9 @@ use std::io;
 use std::ops::Range;
 
 /// Punches every range of the layer that must be a hole.
-pub(super) fn make_holes(store: &Store, table: &Table, geometry: Geometry) -> io::Result<()> {
+pub(super) fn make_holes(store: &Store, runs: &[Run], table: &Table) -> io::Result<()> {
     let punch = |range: Range<u64>| store.layer.make_hole(range.start, range.end - range.start);
-    holes(&store.recovered.runs, table.based(), geometry, punch)
+    holes(runs, table.based(), table.geometry(), punch)
 }
 
 /// Gives every range that must be a hole, joined where they touch, in rising order. Chunks from `based` on have no base

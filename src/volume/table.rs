@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The concurrent skin over `core::chunk`: one atomic word a chunk, and a side table for the few that need more.
+//! The concurrent skin over `core::chunk`: one atomic word and one block mask a chunk, and a side table for the few that
+//! need more.
 //!
 //! ```text
 //! bit 0..3 state | 3 slow | 4..24 writes in flight | 24..64 version
 //! ```
 //!
 //! A chunk that nobody has touched is 0: `Base`, no writes, version 0. So the table is `calloc`ed and costs memory
-//! only where the disk is used. `slow` is set exactly while the chunk has an [`Entry`] in the side table (a mask, a
-//! holder, somebody waiting). Without it nothing but the word matters: a read is one load, a write one
-//! compare-and-swap, and no lock is taken.
+//! only where the disk is used. The masks lie in an array of their own: most chunks are whole, and then their masks
+//! cost nothing either. A chunk that somebody holds or waits for has an [`Entry`] in the side table.
+//!
+//! `slow` is set exactly while the mask is not empty or the chunk has an entry. Without it nothing but the word matters:
+//! a read is one load, a write one compare-and-swap, and no lock is taken. Rejected: masks in the entries. A disk that is
+//! written here and there has a mask in every chunk, and an entry is twenty times as large as a mask.
 //!
 //! # Who may change what
-//! *State, mask and `slow`* change only under the lock of the chunk's shard. *Writes in flight and version* change
-//! by atomic read-modify-write, with or without it. So under the lock the word may still move, but only in those two
-//! fields, and only as long as `slow` is clear: a writer enters by a compare-and-swap on the *whole* word, which
-//! fails when `slow` or the state has changed since it was routed.
+//! *State, mask and `slow`* change only under the lock of the chunk's shard, and the mask is read only under it.
+//! *Writes in flight and version* change by atomic read-modify-write, with or without it. So under the lock the word may
+//! still move, but only in those two fields, and only as long as `slow` is clear: a writer enters by a compare-and-swap
+//! on the *whole* word, which fails when `slow` or the state has changed since it was routed.
 //!
 //! # A holder against writers
 //! Whoever wants a chunk alone sets `slow` first. A writer's compare-and-swap either came before that, and the
@@ -30,7 +34,7 @@
 //! not captured, and its version decides whether an arriving copy is too old.
 //!
 //! # Growth
-//! The size is one atomic. A volume grows on disk first, then gets room for the new words ([`Words`] has the layout), then
+//! The size is one atomic. A volume grows on disk first, then gets room for the new words and masks ([`Words`] has the layout), then
 //! the journal takes notes of the new chunks, then the new size is published. A request is checked against a size that was published, so whoever names a new
 //! chunk finds its word. The last chunk may be short before and longer after. Nothing that was decided with the old size
 //! is wrong then: what lies past the old end is a hole in the layer and past the end of any base image, so it reads
@@ -46,7 +50,8 @@
 //! # Memory ordering
 //! All operations on words are sequentially consistent. The tracker relies on it ("publish, then look whether it is
 //! armed" against "arm, then look at the table"), and on x86 it costs nothing over acquire and release for loads
-//! and read-modify-writes, which are the only operations used.
+//! and read-modify-writes, which are the only operations used. Masks are only used under their shard's lock, which
+//! orders them: they are atomic because neighbours belong to other shards, not for any order of their own.
 
 mod batch;
 mod exclusive;
@@ -66,7 +71,10 @@ use parking_lot::{Mutex, MutexGuard};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{
+    AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+};
 use thiserror::Error;
 
 use tally::Tally;
@@ -138,10 +146,9 @@ struct Hold {
     punch: bool,
 }
 
-/// What a chunk needs beyond its word.
+/// Who holds a chunk and who waits for it.
 #[derive(Debug, Default)]
 struct Entry {
-    mask: BlockMask,
     hold: Option<Hold>,
     claimants: VecDeque<(Claimant, bool)>,
     parked: Vec<Parked>,
@@ -150,7 +157,7 @@ struct Entry {
 
 impl Entry {
     fn is_idle(&self) -> bool {
-        self.mask.is_empty() && self.hold.is_none() && self.claimants.is_empty() && self.parked.is_empty()
+        self.hold.is_none() && self.claimants.is_empty() && self.parked.is_empty()
     }
 
     fn take_parked(&mut self, which: impl Fn(&Parked) -> bool) -> Vec<Waiter> {
@@ -191,6 +198,7 @@ pub(super) struct Table {
     /// So many bytes of the base image can be read in place.
     in_place: u64,
     words: Words,
+    masks: Words,
     tally: Tally,
     shards: Box<[Mutex<Shard>]>,
     notes: Arc<dyn Notes>,
@@ -211,6 +219,7 @@ impl Table {
             based,
             in_place: 0,
             words: Words::new(geometry.chunk_count() as usize),
+            masks: Words::new(geometry.chunk_count() as usize),
             tally: Tally::default(),
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             notes,
@@ -230,10 +239,12 @@ impl Table {
 
     /// Makes room for the chunks of a larger volume. Before anything may note one of them.
     pub(super) fn reserve(&self, larger: &Geometry) {
-        self.words.reserve(larger.chunk_count() as usize);
+        let chunks = larger.chunk_count() as usize;
+        self.words.reserve(chunks);
+        self.masks.reserve(chunks);
     }
 
-    /// The volume has this size now; its words are there. It never becomes smaller.
+    /// The volume has this size now; its words and masks are there. It never becomes smaller.
     pub(super) fn grow(&self, larger: &Geometry) {
         self.size.fetch_max(larger.size(), SeqCst);
     }
@@ -255,17 +266,15 @@ impl Table {
     /// One chunk of that.
     pub(super) fn restore(&self, transition: &Transition) {
         let Some(word) = self.words.get(transition.chunk.index()) else { return };
-        let slow = if transition.mask.is_empty() { 0 } else { SLOW };
-        if word::idle(transition.state, transition.version) | slow == word.load(SeqCst) {
+        let found = word::idle(transition.state, transition.version);
+        if transition.mask.is_empty() && found == word.load(SeqCst) {
             // Untouched: a store would give its page memory.
             return;
         }
-        let before = word.swap(word::idle(transition.state, transition.version) | slow, SeqCst);
+        let _shard = self.shard(transition.chunk);
+        let before = word.swap(found | if transition.mask.is_empty() { 0 } else { SLOW }, SeqCst);
         self.tally.moved(state_of(before), transition.state);
-        if slow != 0 {
-            let entry = Entry { mask: transition.mask, ..Entry::default() };
-            self.shard(transition.chunk).insert(transition.chunk, entry);
-        }
+        self.set_mask(transition.chunk, before, transition.mask);
     }
 
     /// Whether some of the base image lies under the chunk.
@@ -298,6 +307,30 @@ impl Table {
         // Requests, messages and records are checked against the geometry where they come in.
         #[allow(clippy::expect_used, reason = "the check of an index, as of any slice")]
         self.words.get(chunk.index()).expect("a chunk of the volume")
+    }
+
+    /// The mask of a chunk whose word was just `seen` under the shard's lock. Where `slow` is clear it is empty, and not
+    /// looked at: the page of a mask that was never set has no memory.
+    fn mask(&self, chunk: ChunkId, seen: u64) -> BlockMask {
+        match self.masks.get(chunk.index()).filter(|_| seen & SLOW != 0) {
+            Some(mask) => BlockMask(mask.load(Relaxed)),
+            None => BlockMask::EMPTY,
+        }
+    }
+
+    /// Changes the mask of a chunk whose word was just `seen`, and sets `slow` if it must be set; [`tidy`](Self::tidy)
+    /// clears it. The caller holds the shard's lock.
+    fn set_mask(&self, chunk: ChunkId, seen: u64, mask: BlockMask) {
+        if mask == self.mask(chunk, seen) {
+            return;
+        }
+        // As the words: what is named here is a chunk of the volume.
+        if let Some(place) = self.masks.get(chunk.index()) {
+            place.store(mask.0, Relaxed);
+        }
+        if !mask.is_empty() {
+            self.word(chunk).fetch_or(SLOW, SeqCst);
+        }
     }
 
     fn entry<'a>(&self, shard: &'a mut Shard, chunk: ChunkId) -> &'a mut Entry {
@@ -356,7 +389,7 @@ impl Table {
         let chunk = span.chunk;
         let mut shard = self.shard(chunk);
         let seen = self.word(chunk).load(SeqCst);
-        let (view, contended) = Self::view(seen, shard.get(&chunk));
+        let (view, contended) = self.view(chunk, seen, &shard);
         let waiter = || Waiter::Piece(Arc::clone(seat.waker), seat.piece);
         let fill = match self.route(view, access, span) {
             Route::Layer => return Ok(Begun::Layer),
@@ -394,12 +427,12 @@ impl Table {
     }
 
     /// What routing sees of a chunk under its lock, and whether somebody waits to hold it.
-    fn view(seen: u64, entry: Option<&Entry>) -> (ChunkView, bool) {
-        let state = state_of(seen);
-        let Some(entry) = entry else { return (ChunkView { state, mask: BlockMask::EMPTY }, false) };
-        let dropped = entry.hold.is_some_and(|hold| hold.punch);
-        let mask = if dropped { BlockMask::EMPTY } else { entry.mask };
-        (ChunkView { state, mask }, !entry.claimants.is_empty())
+    fn view(&self, chunk: ChunkId, seen: u64, shard: &Shard) -> (ChunkView, bool) {
+        let entry = shard.get(&chunk);
+        let dropped = entry.and_then(|entry| entry.hold).is_some_and(|hold| hold.punch);
+        let mask = if dropped { BlockMask::EMPTY } else { self.mask(chunk, seen) };
+        let contended = entry.is_some_and(|entry| !entry.claimants.is_empty());
+        (ChunkView { state: state_of(seen), mask }, contended)
     }
 
     /// Counts a write in, after entering the state that must be true before it. The caller holds the lock.
@@ -426,17 +459,23 @@ impl Table {
         }
     }
 
-    /// Clears `slow` and forgets the entry when nothing is left in it. The caller holds the lock.
+    /// Forgets the entry when nothing is left in it, and clears `slow` when the mask is empty too. The caller holds the
+    /// lock.
     fn tidy(&self, shard: &mut Shard, chunk: ChunkId) {
-        if shard.get(&chunk).is_none_or(Entry::is_idle) {
-            shard.remove(&chunk);
-            self.word(chunk).fetch_and(!SLOW, SeqCst);
+        if shard.get(&chunk).is_some_and(|entry| !entry.is_idle()) {
+            return;
+        }
+        shard.remove(&chunk);
+        let word = self.word(chunk);
+        let seen = word.load(SeqCst);
+        if seen & SLOW != 0 && self.mask(chunk, seen).is_empty() {
+            word.fetch_and(!SLOW, SeqCst);
         }
     }
 
-    /// Gives the chunk to who waits to hold it, if it is free; forgets the entry when nothing is left in it.
+    /// Gives the chunk to who waits to hold it, if it is free; forgets what is not needed any more.
     fn settle(self: &Arc<Self>, shard: &mut Shard, chunk: ChunkId, due: &mut Due) {
-        let Some(entry) = shard.get_mut(&chunk) else { return };
+        let Some(entry) = shard.get_mut(&chunk) else { return self.tidy(shard, chunk) };
         let free = entry.hold.is_none() && writers_of(self.word(chunk).load(SeqCst)) == 0;
         if free && let Some((claimant, punch)) = entry.claimants.pop_front() {
             due.grant = Some((claimant, self.hold(entry, chunk, punch)));
@@ -495,18 +534,18 @@ impl Table {
     pub(super) fn look(&self, chunk: ChunkId) -> Look {
         let word = self.word(chunk).load(SeqCst);
         if word & SLOW == 0 {
-            return Self::seen(word, None);
+            return self.seen(chunk, word, None);
         }
         let shard = self.shard(chunk);
-        Self::seen(self.word(chunk).load(SeqCst), shard.get(&chunk))
+        self.seen(chunk, self.word(chunk).load(SeqCst), shard.get(&chunk))
     }
 
-    fn seen(word: u64, entry: Option<&Entry>) -> Look {
+    fn seen(&self, chunk: ChunkId, word: u64, entry: Option<&Entry>) -> Look {
         let state = state_of(word);
         Look {
             state,
             lasting: entry.and_then(|entry| entry.hold).map_or(state, |hold| hold.was),
-            mask: entry.map_or(BlockMask::EMPTY, |entry| entry.mask),
+            mask: self.mask(chunk, word),
             version: version_of(word),
             writers: writers_of(word),
         }
@@ -516,7 +555,7 @@ impl Table {
     /// the checkpoint replaces, but is not published yet, would be lost.
     pub(super) fn record(&self, chunk: ChunkId) -> Transition {
         let shard = self.shard(chunk);
-        let look = Self::seen(self.word(chunk).load(SeqCst), shard.get(&chunk));
+        let look = self.seen(chunk, self.word(chunk).load(SeqCst), shard.get(&chunk));
         Transition { chunk, state: look.lasting, mask: look.mask, version: look.version }
     }
 }

@@ -120,19 +120,21 @@ impl Volume {
     /// # Errors
     /// The layer's: ranges that recovery must make zeros cannot be punched.
     pub fn open(
-        store: Store,
+        mut store: Store,
         options: VolumeOptions,
         dirty: DirtyCallback,
     ) -> io::Result<(Arc<Self>, VolumeEvents)> {
         let geometry = store.geometry();
         let base_len = store.base.as_ref().map_or(0, |base| base.len());
         let based = u32::try_from(base_len.div_ceil(u64::from(geometry.chunk_size()))).unwrap_or(u32::MAX);
+        // The table says it all from here on; a disk written here and there has as many runs as chunks.
+        let runs = std::mem::take(&mut store.recovered.runs);
         let store = Arc::new(store);
         let in_place = store.base.as_ref().filter(|base| base.local().is_some()).map_or(0, |base| base.len());
         let table = Table::new(geometry, based, Arc::new(Journal(Arc::clone(&store))));
         let table = Arc::new(table.with_base_in_place(in_place));
-        store.recovered.runs.iter().for_each(|run| table.restore_run(run));
-        super::recovery::make_holes(&store, &table, geometry)?;
+        runs.iter().for_each(|run| table.restore_run(run));
+        super::recovery::make_holes(&store, &runs, &table)?;
         let (events, receiver) = mpsc::unbounded_channel();
         let due = events.clone();
         store.map.when_due(move || drop(due.send(VolumeEvent::RotationDue)));

@@ -9,7 +9,7 @@ use crate::store::Transition;
 use crate::volume::waiters::Waiter;
 use parking_lot::MutexGuard;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 
 /// The locks of several shards, taken in rising order so that two threads cannot wait for each other.
 struct Locked<'a>(Vec<(u32, MutexGuard<'a, Shard>)>);
@@ -49,7 +49,7 @@ impl Table {
         let mut moves = Vec::with_capacity(wanted.len());
         for (chunk, blocks) in wanted {
             let word = self.word(chunk).load(SeqCst);
-            let mask = shards.of(chunk).get(&chunk).map_or(BlockMask::EMPTY, |entry| entry.mask);
+            let mask = self.mask(chunk, word);
             let (state, grown) = (state_of(word), mask.union(blocks));
             let after = after_claim(state, grown, self.geometry().full_mask(chunk));
             // Whole already, by another write: nothing to add.
@@ -83,7 +83,7 @@ impl Table {
             // `slow` lets no writer in without the lock: what is seen here stays true while it is held.
             let word = self.word(chunk).fetch_or(SLOW, SeqCst);
             let entry = shards.of(chunk).get(&chunk);
-            let mask = entry.map_or(BlockMask::EMPTY, |entry| entry.mask);
+            let mask = self.mask(chunk, word);
             let free = entry.is_none_or(|entry| entry.hold.is_none() && entry.claimants.is_empty());
             let state = state_of(word);
             if !free || writers_of(word) > 0 {
@@ -115,9 +115,13 @@ impl Table {
     pub(in crate::volume) fn reset(&self) {
         let mut wakes = Vec::new();
         let all: Vec<_> = self.shards.iter().map(|shard| shard.lock()).collect();
-        for word in self.words.iter() {
+        for (word, mask) in self.words.iter().zip(self.masks.iter()) {
             // Most have never been touched: do not give them memory.
-            if word.load(SeqCst) != 0 {
+            let seen = word.load(SeqCst);
+            if seen & SLOW != 0 {
+                mask.store(0, Relaxed);
+            }
+            if seen != 0 {
                 update(word, |word| word & WRITERS);
             }
         }
@@ -143,13 +147,9 @@ impl Table {
         self.notes.note(&transitions)?;
         for (from, to) in moves {
             let shard = shards.of(to.chunk);
-            self.set(to.chunk, |word| with_state(word, to.state));
+            let before = self.set(to.chunk, |word| with_state(word, to.state));
+            self.set_mask(to.chunk, before, to.mask);
             let mut due = Due::default();
-            if !to.mask.is_empty() {
-                self.entry(shard, to.chunk).mask = to.mask;
-            } else if let Some(entry) = shard.get_mut(&to.chunk) {
-                entry.mask = BlockMask::EMPTY;
-            }
             if to.state != *from
                 && let Some(entry) = shard.get_mut(&to.chunk)
             {

@@ -69,10 +69,10 @@ impl Exclusive {
         self.held = false;
         let mut due = Due::default();
         let entry = table.entry(&mut shard, self.chunk);
-        entry.mask = mask;
         entry.hold = None;
         due.wakes = entry.take_parked(|_| true);
-        table.set(self.chunk, next);
+        let before = table.set(self.chunk, next);
+        table.set_mask(self.chunk, before, mask);
         table.settle(&mut shard, self.chunk, &mut due);
         drop(shard);
         due.fire();
@@ -114,7 +114,7 @@ impl Table {
             table: Arc::clone(self),
             chunk,
             was,
-            mask: entry.mask,
+            mask: self.mask(chunk, word),
             version: version_of(word),
             punch,
             held: true,

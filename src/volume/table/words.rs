@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The words of all chunks: one slice for the chunks that the volume was opened with, and segments for those that it
+//! A word for each chunk: one slice for the chunks that the volume was opened with, and segments for those that it
 //! has grown by.
 //!
 //! A chunk of the first slice costs what it costs in a table that cannot grow: the comparison with the slice's length is
