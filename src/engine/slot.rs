@@ -153,9 +153,10 @@ impl Slot {
 fn way(target: &Target, offset: u64, buf: &IoBuf, done: usize) -> (Fixed, u64) {
     let at = offset.saturating_add(done as u64);
     match target.direct {
-        // A short transfer ends anywhere; what begins there is aligned no more.
+        // A short transfer ends anywhere; what begins there, in the file or in memory, may be aligned no more.
         Some((direct, align))
-            if align.fits(at, (buf.len() - done) as u64) && (done == 0 || align.fits(done as u64, 0)) =>
+            if align.fits(at, (buf.len() - done) as u64)
+                && (done == 0 || (align.fits(done as u64, 0) && align.memory <= align.offset)) =>
         {
             (direct, at)
         }
