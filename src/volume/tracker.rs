@@ -16,7 +16,7 @@
 
 use crate::core::geometry::{BlockMask, ChunkId};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// Called, from any thread, when there is something to drain and the last call has been answered by a drain.
 pub type DirtyCallback = Box<dyn Fn() + Send + Sync>;
@@ -36,10 +36,16 @@ pub struct Tracker {
 /// A volume has less than 2^32 chunks.
 const SIZES: usize = 33;
 
+/// What is known of one chunk, side by side: the companion's drains take the cache lines away from the queue threads, so a
+/// write should touch as few as can be. First the blocks written in this pass; then the counts since the last drain,
+/// passes in the high half and plain writes in the low one. Drains are a second apart at the most: neither gets full.
+type Seen = [AtomicU64; 2];
+
+/// One pass more in the counts.
+const PASS: u64 = 1 << 32;
+
 struct Tables {
-    written: Box<[AtomicU64]>,
-    passes: Box<[AtomicU32]>,
-    plain: Box<[AtomicU32]>,
+    seen: Box<[Seen]>,
     leaves: Box<[AtomicU64]>,
     summary: Box<[AtomicU64]>,
 }
@@ -47,25 +53,16 @@ struct Tables {
 impl Tables {
     fn new(chunks: usize) -> Self {
         let leaves = chunks.div_ceil(64);
-        Self {
-            written: zeroed(chunks),
-            passes: zeroed(chunks),
-            plain: zeroed(chunks),
-            leaves: zeroed(leaves),
-            summary: zeroed(leaves.div_ceil(64)),
-        }
+        Self { seen: zeroed(chunks), leaves: zeroed(leaves), summary: zeroed(leaves.div_ceil(64)) }
     }
 
     fn clear(&self) {
         // Only what is not zero: pages that were never touched stay without memory. The summary before the leaves: a
         // write that still comes in sets its leaf first, so a leaf that survives has its summary bit too.
-        let words = self.written.iter().chain(&self.summary).chain(&self.leaves);
+        let seen = self.seen.iter().flatten();
+        let words = seen.chain(&self.summary).chain(&self.leaves);
         for word in words.filter(|word| word.load(Ordering::Relaxed) != 0) {
             word.store(0, Ordering::Relaxed);
-        }
-        let counts = self.passes.iter().chain(&self.plain);
-        for count in counts.filter(|count| count.load(Ordering::Relaxed) != 0) {
-            count.store(0, Ordering::Relaxed);
         }
     }
 }
@@ -140,7 +137,8 @@ impl Tracker {
     }
 
     fn note_armed(&self, tables: &Tables, index: usize, blocks: BlockMask) {
-        let (Some(written), Some(leaf)) = (tables.written.get(index), tables.leaves.get(index / 64)) else {
+        let (Some([written, counts]), Some(leaf)) = (tables.seen.get(index), tables.leaves.get(index / 64))
+        else {
             return;
         };
         let mut before = written.load(Ordering::Relaxed);
@@ -152,10 +150,7 @@ impl Tracker {
                 Err(now) => before = now,
             }
         };
-        if new_pass {
-            tables.passes[index].fetch_add(1, Ordering::Relaxed);
-        }
-        tables.plain[index].fetch_add(1, Ordering::Relaxed);
+        counts.fetch_add(1 + if new_pass { PASS } else { 0 }, Ordering::Relaxed);
         // AcqRel on leaf and summary: the counts above are visible to the drain that takes the bit. Whoever makes a
         // leaf word non-zero sets its summary bit; others may rely on that, for the drain takes whole words.
         if leaf.fetch_or(1 << (index % 64), Ordering::AcqRel) == 0 {
@@ -169,7 +164,7 @@ impl Tracker {
 
     /// A capture of the chunk begins: the next write counts as a pass of its own. Call it before reading.
     pub(super) fn captured(&self, chunk: ChunkId) {
-        if let Some(written) = self.tables().and_then(|tables| tables.written.get(chunk.index())) {
+        if let Some([written, _]) = self.tables().and_then(|tables| tables.seen.get(chunk.index())) {
             written.store(0, Ordering::Relaxed);
         }
     }
@@ -185,8 +180,9 @@ impl Tracker {
                 let leaf = top * 64 + leaf;
                 for bit in bits(&tables.leaves[leaf]) {
                     let index = leaf * 64 + bit;
-                    let passes = tables.passes[index].swap(0, Ordering::Relaxed);
-                    let plain = tables.plain[index].swap(0, Ordering::Relaxed);
+                    let counts = tables.seen[index][1].swap(0, Ordering::Relaxed);
+                    let (passes, plain) = (counts / PASS, counts % PASS);
+                    let [passes, plain] = [passes, plain].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
                     if let Ok(chunk) = u32::try_from(index) {
                         tell(ChunkId(chunk), passes, plain);
                     }
@@ -215,6 +211,7 @@ mod tests {
     use super::*;
     use std::collections::BTreeMap;
     use std::sync::Arc;
+    use std::sync::atomic::AtomicU32;
 
     const CHUNKS: u32 = 5000;
 
