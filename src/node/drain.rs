@@ -11,8 +11,8 @@ use std::time::Duration;
 const SHORTEST: Duration = Duration::from_millis(20);
 /// Write counts must not be blind for longer.
 const LONGEST: Duration = Duration::from_secs(1);
-/// Of the companion thread's time, drains take this part at most.
-const SHARE: u32 = 100;
+/// Of the companion thread's time, drains take one part in so many at most.
+const SHARE: u32 = 400;
 
 /// How long writes gather before the next drain.
 #[derive(Debug)]
@@ -42,7 +42,7 @@ mod tests {
         let mut pace = DrainPace::default();
         assert_eq!(pace.wait, SHORTEST);
         pace.took(Duration::from_millis(1));
-        assert_eq!(pace.wait, Duration::from_millis(100));
+        assert_eq!(pace.wait, Duration::from_millis(400));
         pace.took(Duration::from_secs(60));
         assert_eq!(pace.wait, LONGEST);
         pace.took(Duration::ZERO);
