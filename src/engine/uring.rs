@@ -223,7 +223,7 @@ impl Ring {
             self.bounced += bytes;
             slot.bounce(bytes);
         }
-        self.launch(index);
+        self.launch(index, &target);
     }
 
     /// Aligned memory has been given back: goes on with who waits for it.
@@ -242,10 +242,9 @@ impl Ring {
     }
 
     /// Queues the entry for what is left of a slot's operation.
-    fn launch(&mut self, index: u32) {
-        let Some(target) = self.target(index) else { return };
+    fn launch(&mut self, index: u32, target: &Target) {
         let Some(slot) = self.slots.get_mut(index as usize) else { return };
-        if let Some(entry) = slot.entry(&target, &self.memory) {
+        if let Some(entry) = slot.entry(target, &self.memory) {
             self.push(entry.user_data(u64::from(index)));
         }
     }
@@ -330,7 +329,8 @@ impl Ring {
         let index = u32::try_from(data).ok()?;
         let slot = self.slots.get_mut(index as usize)?;
         let Some(result) = slot.progress(result) else {
-            self.launch(index);
+            let target = self.target(index)?;
+            self.launch(index, &target);
             return None;
         };
         let (op, bounced) = slot.empty(result.is_ok())?;

@@ -26,7 +26,7 @@ use super::signal::{HypervisorSignal, Signals};
 use super::virtio_blk::Serial;
 use super::virtqueue::{Device, RingSetup, Virtqueue};
 use crate::config::QueueTuning;
-use crate::volume::{Port, PortEvent, Status, Volume, Waker};
+use crate::volume::{MAX_BATCH, Port, PortEvent, Status, Volume, Waker};
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -41,8 +41,6 @@ pub(super) const DRAIN_LIMIT: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(1);
 /// Most requests that are popped while nothing is in flight.
 const FIRST_BATCH: u16 = 8;
-/// Most completions to sleep for.
-const MAX_BATCH: u32 = 16;
 
 /// What a queue thread can be told.
 #[derive(Debug)]

@@ -23,7 +23,7 @@ mod waiters;
 
 pub use event::{Origin, VolumeEvent, VolumeEvents};
 pub use gate::{Closed, FlushGate, Gate};
-pub use port::{Port, PortEvent};
+pub use port::{MAX_BATCH, Port, PortEvent};
 pub use request::{Rejected, Request, RequestOp, Status, Token};
 pub use table::TableError;
 pub use tracker::{DirtyCallback, Tracker};

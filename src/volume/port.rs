@@ -41,8 +41,8 @@ use std::time::Duration;
 const RING_ENTRIES: u32 = 512;
 /// Most pieces of one request that have begun and not ended: enough to keep a disk busy with one request.
 const WINDOW: u32 = 16;
-/// A ring of the door bell counts as so many disk operations: no sleep is for more.
-const WAKE_WEIGHT: u32 = 16;
+/// Most disk operations that are worth sleeping for: a ring of the door bell counts as so many.
+pub const MAX_BATCH: u32 = 16;
 /// The key of the port's own eventfd.
 const OWN_KEY: u32 = u32::MAX;
 
@@ -147,7 +147,7 @@ impl Port {
         let base =
             volume.local_base().map(|base| engine.register_file(base.file, base.direct)).transpose()?;
         let waker = Arc::new(Waker::new()?);
-        engine.poll_fd(waker.as_fd(), OWN_KEY, WAKE_WEIGHT)?;
+        engine.poll_fd(waker.as_fd(), OWN_KEY, MAX_BATCH)?;
         volume.ports().add(&waker);
         log::debug!("queue {queue_index} has a port");
         let counters = volume.new_counters();
