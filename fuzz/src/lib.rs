@@ -42,7 +42,7 @@ pub fn frame(data: &[u8]) {
 /// When a decoder is wrong.
 pub fn payload(data: &[u8]) {
     let Some((number, payload)) = data.split_first() else { return };
-    let Some(kind) = Kind::from_number(number % 25) else { return };
+    let Some(kind) = Kind::from_number(number % 27) else { return };
     let Ok(len) = u32::try_from(payload.len()) else { return };
     let header = Header { kind, len, checksum: payload_checksum(payload, &[]) }.encode();
     let whole = [&header[..], payload].concat();

@@ -74,6 +74,7 @@ fn volume(out: &mut DescriptorEncoder<'_>, volume: &VolumeStatus) -> fmt::Result
             ("modified", chunks.modified),
             ("remote", chunks.remote),
             ("installing", chunks.installing),
+            ("received", chunks.received),
         ],
     )?;
     gauge(out, "blkferry_volume_size_bytes", "Size of the volume", volume.size)?;
@@ -143,6 +144,8 @@ fn migration(out: &mut DescriptorEncoder<'_>, migration: &MigrationStatus) -> fm
         migration.chunks_cancelled,
     )?;
     counter(out, "blkferry_migration_zero_chunks", "Chunks that travelled as zeros", migration.zero_chunks)?;
+    let help = "Chunks that did not travel because the destination still had them";
+    counter(out, "blkferry_migration_kept_chunks", help, migration.kept_chunks)?;
     counter(out, "blkferry_migration_reconnects", "Times the connection was made again", migration.reconnects)
 }
 

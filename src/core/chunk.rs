@@ -10,12 +10,15 @@
 //!    | announced by source      ^   | announced again (newer version at the source)
 //!    v                          |   v
 //!   Remote ---> Installing -----+  Remote
+//!                    |          | write
+//!                    +----> Received (all of it came from the source)
 //! ```
 //!
 //! `Base` and `Remote` carry a [`BlockMask`]: the blocks in it are valid in the local layer (the guest wrote them),
 //! the others are still where the state says. So a partial write neither waits for the rest of its chunk nor drops
 //! it. `Zero` reads as zeros *and* its range of the layer is a hole, so that a write can turn it into `Modified`
-//! at once. In `Installing` one actor holds the chunk alone: it fills the blocks outside the mask, or punches the
+//! at once. `Received` is `Modified` that nobody has written since the source gave it: should the disk go back there, the
+//! chunk need not travel. In `Installing` one actor holds the chunk alone: it fills the blocks outside the mask, or punches the
 //! chunk. Testing a set of remaining chunks instead of this state, as the published pseudo-code does, lets a read
 //! during the pull fall through to the base image.
 //!
@@ -42,16 +45,19 @@ pub enum ChunkState {
     Remote = 4,
     /// Held by one actor that fills or punches it.
     Installing = 5,
+    /// Whole in the layer, as the source of the last migration gave it: part of the paper's ModifiedSet.
+    Received = 6,
 }
 
 /// All states, in the order of their numbers on disk.
-pub const ALL_STATES: [ChunkState; 6] = [
+pub const ALL_STATES: [ChunkState; 7] = [
     ChunkState::Base,
     ChunkState::Zero,
     ChunkState::Local,
     ChunkState::Modified,
     ChunkState::Remote,
     ChunkState::Installing,
+    ChunkState::Received,
 ];
 
 impl ChunkState {
@@ -78,18 +84,18 @@ pub struct IllegalMove {
 /// [`IllegalMove`] for every pair that is not in it. A state may always be entered again (a mask grew, a newer
 /// version was installed).
 pub fn check_move(from: ChunkState, to: ChunkState) -> Result<(), IllegalMove> {
-    use ChunkState::{Base, Installing, Local, Modified, Remote, Zero};
+    use ChunkState::{Base, Installing, Local, Modified, Received, Remote, Zero};
     let legal = from == to
         || match from {
             // Whole by guest writes; held; announced by a source.
             Base => matches!(to, Modified | Installing | Remote),
             Zero => matches!(to, Modified | Installing | Remote),
-            Local => matches!(to, Modified | Installing | Remote),
+            Local | Received => matches!(to, Modified | Installing | Remote),
             Modified => matches!(to, Installing | Remote),
             // Whole by guest writes; held. `Base` when a migration is cancelled and all that came is dropped.
             Remote => matches!(to, Modified | Installing),
             // Filled, punched, or given back as it was when the fill failed.
-            Installing => matches!(to, Base | Zero | Local | Modified | Remote),
+            Installing => matches!(to, Base | Zero | Local | Modified | Remote | Received),
         };
     if legal { Ok(()) } else { Err(IllegalMove { from, to }) }
 }
@@ -145,7 +151,9 @@ pub enum Route {
 #[must_use]
 pub fn route(geometry: &Geometry, view: ChunkView, access: Access, span: Span) -> Route {
     // The common ones first, which need no look at the blocks.
-    if access == Access::Read && matches!(view.state, ChunkState::Local | ChunkState::Modified) {
+    if access == Access::Read
+        && matches!(view.state, ChunkState::Local | ChunkState::Modified | ChunkState::Received)
+    {
         return Route::Layer;
     }
     if access == Access::Write && view.state == ChunkState::Modified {
@@ -154,7 +162,7 @@ pub fn route(geometry: &Geometry, view: ChunkView, access: Access, span: Span) -
     let outer = geometry.outer(span);
     let whole = geometry.inner(span) == geometry.full_mask(span.chunk);
     match (access, view.state) {
-        (Access::Read, ChunkState::Local | ChunkState::Modified) => Route::Layer,
+        (Access::Read, ChunkState::Local | ChunkState::Modified | ChunkState::Received) => Route::Layer,
         (Access::Read, ChunkState::Zero) => Route::Zeros,
         (Access::Read, ChunkState::Base | ChunkState::Remote) if view.mask.contains(outer) => Route::Layer,
         (Access::Read, ChunkState::Base) if !view.mask.intersects(outer) => Route::Base,
@@ -166,12 +174,16 @@ pub fn route(geometry: &Geometry, view: ChunkView, access: Access, span: Span) -
         }
         (Access::Write | Access::Zero, ChunkState::Installing) => Route::Wait,
         (Access::Zero, ChunkState::Zero) => Route::Done,
-        (Access::Zero, ChunkState::Base | ChunkState::Local | ChunkState::Modified | ChunkState::Remote)
-            if whole =>
-        {
-            Route::Punch
-        }
-        (Access::Write, ChunkState::Zero) | (Access::Write | Access::Zero, ChunkState::Local) => {
+        (
+            Access::Zero,
+            ChunkState::Base
+            | ChunkState::Local
+            | ChunkState::Modified
+            | ChunkState::Remote
+            | ChunkState::Received,
+        ) if whole => Route::Punch,
+        (Access::Write, ChunkState::Zero)
+        | (Access::Write | Access::Zero, ChunkState::Local | ChunkState::Received) => {
             Route::Modify { before: Some(ChunkState::Modified), claim: BlockMask::EMPTY }
         }
         (Access::Write | Access::Zero, ChunkState::Modified) => {
@@ -206,7 +218,8 @@ pub fn route_without_base(geometry: &Geometry, view: ChunkView, access: Access, 
             | ChunkState::Local
             | ChunkState::Modified
             | ChunkState::Remote
-            | ChunkState::Installing,
+            | ChunkState::Installing
+            | ChunkState::Received,
         ) => route(geometry, view, access, span),
     }
 }
@@ -221,7 +234,8 @@ pub fn after_claim(state: ChunkState, mask: BlockMask, full: BlockMask) -> Chunk
         | ChunkState::Local
         | ChunkState::Modified
         | ChunkState::Remote
-        | ChunkState::Installing => state,
+        | ChunkState::Installing
+        | ChunkState::Received => state,
     }
 }
 
@@ -236,7 +250,11 @@ pub fn after_fetch(mask: BlockMask) -> ChunkState {
 #[must_use]
 pub fn after_install(arrived: BlockMask, kept: BlockMask, full: BlockMask) -> (ChunkState, BlockMask) {
     let mask = arrived.union(kept);
-    if mask.contains(full) { (ChunkState::Modified, BlockMask::EMPTY) } else { (ChunkState::Base, mask) }
+    if !mask.contains(full) {
+        return (ChunkState::Base, mask);
+    }
+    let state = if kept.is_empty() { ChunkState::Received } else { ChunkState::Modified };
+    (state, BlockMask::EMPTY)
 }
 
 #[cfg(test)]
@@ -264,7 +282,8 @@ mod tests {
     #[test]
     fn t03_what_is_received_differs_from_the_base_and_travels_on() {
         let full = BlockMask(0xff);
-        assert_eq!(after_install(full, BlockMask::EMPTY, full), (ChunkState::Modified, BlockMask::EMPTY));
+        assert_eq!(after_install(full, BlockMask::EMPTY, full), (ChunkState::Received, BlockMask::EMPTY));
+        assert_eq!(after_install(full, BlockMask(1), full), (ChunkState::Modified, BlockMask::EMPTY));
         let (arrived, kept) = (BlockMask(0x0f), BlockMask(0x30));
         assert_eq!(after_install(arrived, kept, full), (ChunkState::Base, BlockMask(0x3f)));
     }
@@ -286,6 +305,18 @@ mod tests {
         assert_eq!(route(&geometry(), remote, Access::Zero, span(0, 64 << 10)), Route::Punch);
         assert!(check_move(ChunkState::Zero, ChunkState::Base).is_err());
         assert!(check_move(ChunkState::Zero, ChunkState::Local).is_err());
+    }
+
+    #[test]
+    fn a_write_ends_what_was_received_before_it_begins() {
+        let view = ChunkView { state: ChunkState::Received, mask: BlockMask::EMPTY };
+        assert_eq!(route(&geometry(), view, Access::Read, span(0, 512)), Route::Layer);
+        let modify = Route::Modify { before: Some(ChunkState::Modified), claim: BlockMask::EMPTY };
+        for access in [Access::Write, Access::Zero] {
+            assert_eq!(route(&geometry(), view, access, span(512, 512)), modify);
+        }
+        assert_eq!(route(&geometry(), view, Access::Zero, span(0, 64 << 10)), Route::Punch);
+        assert!(check_move(ChunkState::Modified, ChunkState::Received).is_err());
     }
 
     #[test]

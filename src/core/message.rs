@@ -284,6 +284,20 @@ pub enum Message {
         /// No more lists follow.
         last: bool,
     },
+    /// Destination: it gave this very disk away in that migration and still has all of it, as it was then. Asks which
+    /// chunks are what they were; the welcome waits for the answer.
+    Replica {
+        /// The migration in which the disk went away from here.
+        migration: MigrationId,
+    },
+    /// Source: chunks that are still what they were when they came in that migration, with their versions here; none if
+    /// this disk has not come in it.
+    Keep {
+        /// Chunk and version pairs.
+        entries: Vec<(ChunkId, Version)>,
+        /// No more lists follow.
+        last: bool,
+    },
     /// Source: how chunks stand; applied in order.
     Announce {
         /// The announcements.

@@ -4,7 +4,7 @@
 //! ```text
 //!  source                                                destination
 //!
-//!  Arming -> Pushing <-> Draining                        Idle -> Clearing -> Adopting -> Receiving
+//!  Arming -> Pushing <-> Draining                        Idle -> Clearing [-> Keeping -> Pruning] -> Adopting -> Receiving
 //!               |  \______/                                                    |  ^
 //!               v   (rings stopped)                                            v  | reclaimed
 //!            Offering -> Offered -> Granting -> Relinquished       Preparing -> Prepared -> Activating -> Active
@@ -57,6 +57,10 @@ pub enum DestinationStep {
     Idle,
     /// What it had is being dropped before a migration comes in.
     Clearing,
+    /// It has an older state of the disk that comes in: the source is asked what of it is current.
+    Keeping,
+    /// What is not is being dropped.
+    Pruning,
     /// The record of the incoming migration is being written.
     Adopting,
     /// Takes chunks.
@@ -126,12 +130,14 @@ pub fn check_source(from: SourceStep, to: SourceStep) -> Result<(), IllegalStep>
 /// [`IllegalStep`] for every pair that is not in it.
 pub fn check_destination(from: DestinationStep, to: DestinationStep) -> Result<(), IllegalStep> {
     use DestinationStep::{
-        Activating, Active, Adopting, Clearing, Complete, Completing, Dropping, Idle, Left, Prepared,
-        Preparing, Receiving, Settling, Voiding,
+        Activating, Active, Adopting, Clearing, Complete, Completing, Dropping, Idle, Keeping, Left,
+        Prepared, Preparing, Pruning, Receiving, Settling, Voiding,
     };
     let legal = match from {
         Idle => matches!(to, Clearing | Adopting),
-        Clearing => matches!(to, Adopting),
+        Clearing => matches!(to, Adopting | Keeping),
+        Keeping => matches!(to, Pruning | Clearing | Dropping),
+        Pruning => matches!(to, Adopting),
         Adopting => matches!(to, Receiving),
         Receiving => matches!(to, Preparing | Voiding | Dropping | Clearing),
         Preparing => matches!(to, Prepared),

@@ -26,6 +26,10 @@ pub struct Progress {
     pub chunks_cancelled: u64,
     /// Chunks that travelled as zeros.
     pub zero_chunks: u64,
+    /// Chunks that did not travel because the destination still had them from before the disk went away from there.
+    pub kept_chunks: u64,
+    /// Their bytes (whole chunks).
+    pub kept_bytes: u64,
 }
 
 /// How a session ended.

@@ -47,7 +47,11 @@ pub enum SourceStage {
         synced: bool,
     },
     /// The destination has everything.
-    Released,
+    Released {
+        /// The layer has been synced since the rings stopped: what is here is what it was, even after a crash of the
+        /// host, and can be built upon should the disk come back.
+        synced: bool,
+    },
 }
 
 /// A source's part of the record.

@@ -75,9 +75,15 @@ pub(super) fn migrate(standing: Standing) -> Admission {
         Standing::Receiving | Standing::Prepared => {
             deny("not-owner", "this daemon is the destination of a migration that has not handed over yet")
         }
-        Standing::Pulling | Standing::Complete => deny(
+        Standing::Pulling => deny(
+            "not-whole",
+            "a part of the disk is still at the source of the migration that brought it here: wait until that has \
+             completed",
+        ),
+        Standing::Complete => deny(
             "busy",
-            "a part of the disk is still at the migration source: wait until that migration has completed",
+            "the source of the migration that brought the disk here does not know yet that it is over: wait until \
+             it does",
         ),
     }
 }
@@ -138,7 +144,7 @@ mod tests {
             (Standing::Released, "handed-over", "none"),
             (Standing::Receiving, "not-owner", "accept"),
             (Standing::Prepared, "not-owner", "accept"),
-            (Standing::Pulling, "busy", "handed-over"),
+            (Standing::Pulling, "not-whole", "handed-over"),
             (Standing::Complete, "busy", "none"),
         ];
         assert_eq!(want.map(|row| row.0), ALL_STANDINGS);
@@ -146,7 +152,8 @@ mod tests {
             assert_eq!(code(&migrate(standing)), on_migrate, "migrate in {standing:?}");
             assert_eq!(code(&cancel(standing)), on_cancel, "cancel in {standing:?}");
             // A peer that knows the size is in the way of both.
-            assert_eq!(code(&resize(standing)), on_migrate, "resize in {standing:?}");
+            let on_resize = if on_migrate == "not-whole" { "busy" } else { on_migrate };
+            assert_eq!(code(&resize(standing)), on_resize, "resize in {standing:?}");
         }
     }
 }

@@ -2,12 +2,12 @@
 //! The node as a migration destination: carries out what the [`DestinationSession`] decides.
 
 use super::input::Done;
-use super::node::Node;
+use super::node::{Node, RoleDriver};
 use super::report::Outcome;
 use crate::core::destination::{DestinationAction, DestinationSession, LocalFacts};
 use crate::core::geometry::ChunkId;
-use crate::core::message::{Epoch, Hello, Purpose, Version};
-use crate::core::record::{DestinationRecord, DestinationStage};
+use crate::core::message::{Epoch, Hello, MigrationId, Purpose, Version};
+use crate::core::record::{DestinationRecord, DestinationStage, SourceStage};
 use crate::frontend::signal::Verdict;
 use crate::peer::LinkSender;
 use crate::volume::{Closed, InstallPhase};
@@ -28,7 +28,18 @@ pub(super) struct DestinationDriver {
 }
 
 impl Node {
-    fn facts(&self, virgin: bool, released: bool) -> LocalFacts {
+    /// The migration in which this side gave its disk away, if all of it is durably here.
+    pub(super) fn replica(&self) -> Option<MigrationId> {
+        match &self.role {
+            RoleDriver::Source(source) => match source.session.stage() {
+                SourceStage::Released { synced: true } => Some(source.session.migration()),
+                _ => None,
+            },
+            RoleDriver::Serving | RoleDriver::Idle | RoleDriver::Destination(_) => None,
+        }
+    }
+
+    fn facts(&self, virgin: bool, released: bool, replica: Option<MigrationId>) -> LocalFacts {
         LocalFacts {
             geometry: self.volume.geometry(),
             base: self.base.clone(),
@@ -39,12 +50,14 @@ impl Node {
             epoch: self.epoch,
             virgin,
             released,
+            replica,
         }
     }
 
-    /// Stands ready for a source: `released` when this side has given this very volume away before.
-    pub(super) fn stand_ready(&mut self, released: bool) {
-        let session = DestinationSession::idle(self.facts(self.virgin, released));
+    /// Stands ready for a source: `released` when this side has given this very volume away before, in the migration
+    /// `replica` if it still has what it had then.
+    pub(super) fn stand_ready(&mut self, released: bool, replica: Option<MigrationId>) {
+        let session = DestinationSession::idle(self.facts(self.virgin, released, replica));
         self.become_destination(DestinationDriver {
             session,
             link: None,
@@ -72,7 +85,7 @@ impl Node {
         if owner {
             self.report.granted();
         }
-        let facts = self.facts(false, false);
+        let facts = self.facts(false, false, None);
         let session = DestinationSession::resume(facts, record, self.epoch, have, remaining);
         self.become_destination(DestinationDriver {
             session,
@@ -126,6 +139,13 @@ impl Node {
                 self.transfer.fail_waiters(chunk);
             }
             DestinationAction::Wipe => self.jobs.wipe(),
+            DestinationAction::Prune(current) => {
+                log::info!(
+                    "the disk comes back: {} chunks of what is here are current, the rest is dropped",
+                    current.len()
+                );
+                self.jobs.prune(current);
+            }
             DestinationAction::Finished(outcome) => self.finish(Outcome::from(outcome)),
         }
     }
@@ -137,7 +157,9 @@ impl Node {
         self.report.begin_destination(hello.migration);
         self.volume_id = hello.volume;
         self.epoch = Epoch(self.epoch.0.max(hello.epoch.0));
-        if let Err(error) = self.store.adopt(hello.volume, &hello.serial, hello.read_only) {
+        if let Err(error) =
+            self.store.adopt(hello.volume, &hello.serial, hello.read_only, Some(hello.migration))
+        {
             self.fault(&format!("the superblock cannot take over the volume's identity: {error}"));
         }
         self.store.map.keep_versions(true);

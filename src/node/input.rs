@@ -62,6 +62,8 @@ pub(super) enum Done {
     VolumeSynced(bool),
     /// Everything that had come was dropped.
     Wiped(Result<(), String>),
+    /// Everything but these chunks was dropped, or could not be.
+    Pruned(Result<Vec<(ChunkId, Version)>, String>),
     /// A connection was made, or not.
     Connected(Result<PeerLink, String>),
     /// The volume has grown, or not.

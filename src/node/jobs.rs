@@ -8,7 +8,7 @@
 use super::input::{Done, Input};
 use crate::core::destination::Installed;
 use crate::core::geometry::ChunkId;
-use crate::core::message::ChunkData;
+use crate::core::message::{ChunkData, Version};
 use crate::core::record::MigrationRecord;
 use crate::core::source::Capture;
 use crate::peer::{ConnectParams, PeerLink, connect};
@@ -267,19 +267,30 @@ impl Jobs {
     /// Drops everything that came, once no chunk is being written any more.
     pub(super) fn wipe(&self) {
         let transfer = Rc::clone(&self.transfer);
+        self.alone(async move { Done::Wiped(transfer.wipe().await.map_err(|e| e.to_string())) });
+    }
+
+    /// Drops everything but these chunks of a disk that comes back.
+    pub(super) fn prune(&self, current: Vec<(ChunkId, Version)>) {
+        let transfer = Rc::clone(&self.transfer);
+        self.alone(async move { Done::Pruned(transfer.prune(&current).await.map_err(|e| e.to_string())) });
+    }
+
+    /// Runs a job that drops content: once no chunk is being written any more, and no checkpoint of what is dropped can
+    /// come after it.
+    fn alone(&self, job: impl Future<Output = Done> + 'static) {
         let (moving, tidying, owed) =
             (Rc::clone(&self.moving), Rc::clone(&self.tidying), Rc::clone(&self.owed));
         let inputs = self.inputs.clone();
         self.spawn(async move {
-            // A checkpoint of what is being dropped must not come after it.
             while moving.get() > 0 || tidying.get() {
                 tokio::time::sleep(Duration::from_millis(2)).await;
             }
             tidying.set(true);
             let tidied = Tidying { inputs, tidying, owed };
-            let result = transfer.wipe().await.map_err(|e| e.to_string());
+            let done = job.await;
             drop(tidied);
-            Done::Wiped(result)
+            done
         });
     }
 

@@ -9,7 +9,7 @@ use super::input::Input;
 use super::node::{Node, RoleDriver};
 use crate::core::message::{ChunkData, Message, Refusal};
 use crate::core::record::SourceStage;
-use crate::peer::{LinkEvent, LinkSender, PeerLink};
+use crate::peer::{Features, LinkEvent, LinkSender, PeerLink};
 
 /// Refuses a source that cannot be served.
 fn turn_away(link: &PeerLink, why: &str) {
@@ -28,7 +28,7 @@ impl Node {
     pub(super) fn on_accepted(&mut self, link: PeerLink) {
         let refusal = match &self.role {
             RoleDriver::Serving => Some("this daemon serves a disk of its own"),
-            RoleDriver::Source(source) if source.session.stage() != SourceStage::Released => {
+            RoleDriver::Source(source) if !matches!(source.session.stage(), SourceStage::Released { .. }) => {
                 Some("this daemon is the source of a migration itself")
             }
             RoleDriver::Source(_) | RoleDriver::Idle | RoleDriver::Destination(_) => None,
@@ -54,7 +54,8 @@ impl Node {
         let released = self.standing() == Standing::Released;
         if matches!(self.role, RoleDriver::Source(_) | RoleDriver::Idle) {
             self.jobs.begin_run();
-            self.stand_ready(released);
+            let replica = self.replica().filter(|_| link.agreed.features.has(Features::REPLICA));
+            self.stand_ready(released, replica);
         }
         self.report.peer(&link.peer.to_string());
         self.use_link(link);

@@ -22,6 +22,7 @@ use super::report::{Outcome, Report};
 use super::source::SourceDriver;
 use super::status::{Command, Denied, MigrationState, Snapshot};
 use crate::config::Config;
+use crate::core::destination::DestinationSession;
 use crate::core::message::{BaseIdentity, Epoch, Message, Refusal, VolumeId};
 use crate::core::ownership::DestinationStep;
 use crate::core::record::{DestinationStage, MigrationRecord, Role, SourceStage};
@@ -189,7 +190,7 @@ impl Node {
                 SourceStage::Pushing => Standing::Pushing,
                 SourceStage::Offered => Standing::Offered,
                 SourceStage::Relinquished { .. } => Standing::Relinquished,
-                SourceStage::Released => Standing::Released,
+                SourceStage::Released { .. } => Standing::Released,
             },
             RoleDriver::Destination(destination) if destination.session.step() == DestinationStep::Idle => {
                 if destination.released {
@@ -339,14 +340,21 @@ impl Node {
                     destination.session.handle_synced(now, ok);
                 }
             }
-            Done::Wiped(Ok(())) => {
-                if let Some(destination) = self.destination_mut() {
-                    destination.session.handle_wiped(now);
-                }
-            }
             Done::Marked(Ok(())) | Done::Resized(_) => {}
             Done::Marked(Err(error)) => self.fault(&format!("chunks cannot be marked remote: {error}")),
-            Done::Wiped(Err(error)) => self.cannot_wipe(&error),
+            Done::Wiped(result) => self.on_dropped(result, |session, ()| session.handle_wiped(now)),
+            Done::Pruned(result) => {
+                self.on_dropped(result, |session, kept| session.handle_pruned(now, kept));
+            }
+        }
+    }
+
+    /// What had come before was dropped, or could not be.
+    fn on_dropped<T>(&mut self, result: Result<T, String>, tell: impl FnOnce(&mut DestinationSession, T)) {
+        match (result, self.destination_mut()) {
+            (Ok(kept), Some(destination)) => tell(&mut destination.session, kept),
+            (Ok(_), None) => {}
+            (Err(error), _) => self.cannot_wipe(&error),
         }
     }
 
@@ -418,7 +426,7 @@ impl Node {
             // What was here belonged to a migration that did not come to its end: this is another disk.
             self.volume_id = VolumeId(*uuid::Uuid::new_v4().as_bytes());
             let (serial, read_only) = (&self.config.serial, self.config.read_only);
-            self.store.adopt(self.volume_id, serial, read_only).map_err(|e| e.to_string())?;
+            self.store.adopt(self.volume_id, serial, read_only, None).map_err(|e| e.to_string())?;
             self.frontend.set_serial(serial);
         }
         let record = MigrationRecord::V1 { volume: self.volume_id, epoch: self.epoch, role: Role::Serving };

@@ -66,6 +66,7 @@ impl Node {
             modified: counts.modified,
             remote: counts.remote,
             installing: counts.installing,
+            received: counts.received,
         }
     }
 

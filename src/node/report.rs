@@ -171,6 +171,8 @@ impl Report {
         status.chunks_pulled = progress.chunks_pulled;
         status.chunks_cancelled = progress.chunks_cancelled;
         status.zero_chunks = progress.zero_chunks;
+        status.kept_chunks = progress.kept_chunks;
+        status.kept_bytes = progress.kept_bytes;
     }
 
     /// Bytes on the wire.

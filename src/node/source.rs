@@ -9,7 +9,7 @@ use crate::config::{DEFAULT_CONNECTIONS, DEFAULT_THRESHOLD, MAX_CONNECTIONS};
 use crate::core::heat::Counting;
 use crate::core::message::{Hello, Incarnation, MigrationId};
 use crate::core::record::{SourceRecord, SourceStage};
-use crate::core::source::{ArmParams, SourceAction, SourceSession};
+use crate::core::source::{ArmParams, SourceAction, SourceSession, Unchanged};
 use crate::core::strategy::Strategy;
 use crate::frontend::signal::Verdict;
 use crate::peer::connect::parse_destination;
@@ -75,8 +75,9 @@ impl Node {
         self.jobs.begin_run();
         // Tracking first, then the copy of the modified set: a write in between is then seen twice, never missed.
         self.volume.tracker().arm(self.volume.geometry().chunk_count());
-        let params =
+        let mut params =
             self.arm_params(migration, destination, strategy, threshold, request.start == StartMode::Now);
+        params.unchanged = self.unchanged();
         let modified: Vec<_> = self.transfer.modified_chunks().iter().collect();
         let hot: Vec<_> = self.transfer.local_chunks().iter().take(MAX_HOT_BASE).collect();
         self.report.begin_source(migration, &params.destination, request.strategy, threshold);
@@ -152,7 +153,14 @@ impl Node {
             start_now,
             rings_running: self.rings_running,
             write_cache: self.volume.write_cache(),
+            unchanged: None,
         }
+    }
+
+    /// What the host that this disk came from still has as it is here.
+    fn unchanged(&self) -> Option<Unchanged> {
+        let migration = self.store.superblock().came_in?;
+        Some(Unchanged { migration, chunks: self.transfer.unchanged_chunks() })
     }
 
     fn dial(&self, connections: u8, bandwidth: u64) -> ConnectParams {

@@ -157,6 +157,12 @@ pub struct MigrationStatus {
     pub chunks_cancelled: u64,
     /// Chunks that travelled as zeros.
     pub zero_chunks: u64,
+    /// Chunks that did not travel: the destination still had them from before the disk went away from there.
+    #[serde(default)]
+    pub kept_chunks: u64,
+    /// Their bytes.
+    #[serde(default)]
+    pub kept_bytes: u64,
     /// Times that the connection was made again.
     pub reconnects: u64,
     /// Microseconds for which the acknowledgement of the rings' stop was held here, drain included.
@@ -207,6 +213,9 @@ pub struct ChunkCounts {
     pub remote: u64,
     /// Being filled.
     pub installing: u64,
+    /// As the source of the last migration gave them.
+    #[serde(default)]
+    pub received: u64,
 }
 
 /// Guest requests and bytes since the daemon started.

@@ -19,6 +19,7 @@ mod stream;
 pub mod throttle;
 pub mod tls;
 
+pub use crate::wire::negotiate::Features;
 pub use connect::{ConnectError, ConnectParams, connect};
 pub use link::{CloseReason, LinkEvent, LinkOptions, LinkSender, LinkStats, PeerLink, SendError};
 pub use listen::{ListenParams, Listener};

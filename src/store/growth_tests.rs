@@ -23,6 +23,7 @@ fn superblock() -> Superblock {
         chunk_size: 64 << 10,
         read_only: false,
         write_through: false,
+        came_in: None,
         base: BaseIdentity::default(),
         base_url: None,
         serial: String::new(),

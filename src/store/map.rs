@@ -4,13 +4,14 @@
 //! ```text
 //!   note ----> journal.g (buffered)            kill -9: checkpoint + all notes
 //!   commit --> Commit frame + fdatasync        host crash: checkpoint + notes up to the last Commit,
-//!   rotate --> journal.g+1, fuzzy copy,                    Local -> Base, Zero ranges punched again
-//!              layer sync, checkpoint.g+1, delete g
+//!   rotate --> journal.g+1, fuzzy copy,                    Local -> Base, Received -> Modified,
+//!              layer sync, checkpoint.g+1, delete g        Zero ranges punched again
 //! ```
 //!
 //! Why `Local` is dropped after a host crash: a guest write turns a `Local` chunk into `Modified`, and that note may
 //! be lost while a part of the data reached the disk. A chunk that claims to be the base's but is not would never
-//! travel in a migration: the guest would find another content at the destination.
+//! travel in a migration: the guest would find another content at the destination. `Received` says that another host has
+//! the same, and is dropped to `Modified` for the same reason.
 //!
 //! A new run of the daemon starts a generation of its own, with a fresh checkpoint: boot ids and uncommitted notes of
 //! two runs never mix. So sequence numbers only have to grow within a run.
@@ -453,7 +454,7 @@ impl Generations {
         }
         let mut runs = table.into_runs();
         if host_crashed {
-            runs = drop_local(runs);
+            runs = drop_copies(runs);
         }
         let committed_handoff = (handoff != Epoch(0)).then_some(handoff);
         Ok(Recovered { runs, host_crashed, committed_handoff })
@@ -527,10 +528,11 @@ fn sound_frames(
     Ok(sound)
 }
 
-/// After a host crash a copy of base content may hold unflushed writes: it is no copy any more.
-fn drop_local(runs: Vec<Run>) -> Vec<Run> {
+/// After a host crash a copy may hold unflushed writes: it is no copy any more.
+fn drop_copies(runs: Vec<Run>) -> Vec<Run> {
     let dropped = runs.into_iter().map(|run| match run.state {
         ChunkState::Local => Run { state: ChunkState::Base, ..run },
+        ChunkState::Received => Run { state: ChunkState::Modified, ..run },
         ChunkState::Base
         | ChunkState::Zero
         | ChunkState::Modified

@@ -4,7 +4,7 @@
 //! The model keeps all notes in order, the position that a commit acknowledged, and nothing else. After a kill the
 //! map must be all notes that were acknowledged (and perhaps the one that was being written). After a crash of the
 //! host it must be a prefix of the notes that has everything committed and stops somewhere between the acknowledged
-//! commit and the last commit that was tried, `Local` dropped.
+//! commit and the last commit that was tried, `Local` and `Received` dropped.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use super::super::fault::{Disk, Fault};
@@ -40,11 +40,12 @@ fn one(chunk: u32, state: ChunkState, mask: u64, version: u64) -> Transition {
 /// The n-th transition of the tests: all states, masks where they matter.
 fn nth(n: u64) -> Transition {
     let chunk = u32::try_from(n * 7 % u64::from(CHUNKS)).unwrap();
-    match n % 5 {
+    match n % 6 {
         0 => one(chunk, ChunkState::Base, n + 1, n),
         1 => one(chunk, ChunkState::Zero, 0, n),
         2 => one(chunk, ChunkState::Local, 0, n),
         3 => one(chunk, ChunkState::Modified, 0, n),
+        4 => one(chunk, ChunkState::Received, 0, n),
         _ => one(chunk, ChunkState::Remote, n, n),
     }
 }
@@ -60,9 +61,11 @@ fn after(count: u64) -> Vec<Transition> {
 fn seen(table: Vec<Transition>, crashed: bool) -> Vec<Transition> {
     let seen = table.into_iter().map(|mut one| {
         one.version = Version(0);
-        if crashed && one.state == ChunkState::Local {
-            one.state = ChunkState::Base;
-        }
+        one.state = match one.state {
+            ChunkState::Local if crashed => ChunkState::Base,
+            ChunkState::Received if crashed => ChunkState::Modified,
+            other => other,
+        };
         one
     });
     seen.collect()

@@ -44,8 +44,9 @@ pub use superblock::Superblock;
 
 use crate::config::{CacheMode, Config};
 use crate::core::chunk::ChunkState;
-use crate::core::geometry::{DEFAULT_CHUNK_SIZE, Geometry, SECTOR};
-use crate::core::message::{BaseIdentity, Epoch, VolumeId};
+use crate::core::geometry::{ChunkId, DEFAULT_CHUNK_SIZE, Geometry, SECTOR};
+use crate::core::message::{BaseIdentity, Epoch, MigrationId, VolumeId};
+use crate::core::set::ChunkSet;
 use parking_lot::Mutex;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -239,13 +240,21 @@ impl Store {
         self.superblock.lock().base.clone()
     }
 
-    /// Takes over the identity of a source's volume, durably. Call it before anything of the volume is kept.
+    /// Takes over the identity of a source's volume, durably, and the migration that it comes in; `None` for a new disk.
+    /// Call it before anything of the volume is kept.
     ///
     /// # Errors
     /// [`StoreError::Io`]; the identity is then the old one.
-    pub fn adopt(&self, volume: VolumeId, serial: &str, read_only: bool) -> Result<(), StoreError> {
+    pub fn adopt(
+        &self,
+        volume: VolumeId,
+        serial: &str,
+        read_only: bool,
+        came_in: Option<MigrationId>,
+    ) -> Result<(), StoreError> {
         let mut superblock = self.superblock.lock();
-        let adopted = Superblock { volume, serial: serial.to_owned(), read_only, ..superblock.clone() };
+        let serial = serial.to_owned();
+        let adopted = Superblock { volume, serial, read_only, came_in, ..superblock.clone() };
         adopted.save(self.state.folder().as_ref())?;
         *superblock = adopted;
         Ok(())
@@ -273,10 +282,7 @@ impl Store {
     /// [`StoreError`]; call it again. An adopted image is never wiped: [`StoreError::Layer`].
     pub fn wipe(&self) -> Result<(), StoreError> {
         let path = self.layer.path();
-        if self.layer.is_adopted() {
-            let detail = "an adopted image is not wiped; a destination needs a layer of its own".to_owned();
-            return Err(StoreError::Layer { path: path.to_owned(), detail });
-        }
+        self.check_wipeable()?;
         // The map first: what it calls valid must not be punched away before.
         self.map.reset().map_err(StoreError::io("reset the chunk map in", self.state.path()))?;
         let punched = self.layer.punch(0, self.layer.size()).and_then(|()| self.layer.sync());
@@ -284,6 +290,37 @@ impl Store {
         let folder = self.state.folder();
         let removed = folder.remove(remaining::NAME).and_then(|()| folder.sync_dir());
         removed.map_err(StoreError::io("remove", &folder.path(remaining::NAME)))
+    }
+
+    fn check_wipeable(&self) -> Result<(), StoreError> {
+        if !self.layer.is_adopted() {
+            return Ok(());
+        }
+        let detail = "an adopted image is not wiped; a destination needs a layer of its own".to_owned();
+        Err(StoreError::Layer { path: self.layer.path().to_owned(), detail })
+    }
+
+    /// Makes holes of these chunks in the layer; the caller's map says already that nothing is in them. Not durable by
+    /// itself. Blocks.
+    ///
+    /// # Errors
+    /// [`StoreError`]; call it again. As [`wipe`](Self::wipe) for an adopted image.
+    pub fn drop_chunks(&self, chunks: &ChunkSet) -> Result<(), StoreError> {
+        self.check_wipeable()?;
+        let geometry = self.geometry();
+        let hole = |chunk: ChunkId| {
+            let (start, len) = (geometry.chunk_start(chunk), geometry.chunk_len(chunk));
+            start..start + u64::from(len)
+        };
+        let mut ranges = chunks.iter().map(hole).peekable();
+        while let Some(mut range) = ranges.next() {
+            while let Some(next) = ranges.next_if(|next| next.start == range.end) {
+                range.end = next.end;
+            }
+            let dropped = self.layer.make_hole(range.start, range.end - range.start);
+            dropped.map_err(StoreError::io("make a hole in", self.layer.path()))?;
+        }
+        Ok(())
     }
 
     /// Makes the source's modified set durable as it stands at the offer of `epoch` (runs in rising order).
@@ -414,6 +451,7 @@ fn create(
         chunk_size: geometry.chunk_size(),
         read_only: false,
         write_through: false,
+        came_in: None,
         base: base.as_ref().map(|base| base.identity().clone()).unwrap_or_default(),
         base_url: params.base.clone(),
         serial: params.serial.clone(),

@@ -45,7 +45,7 @@ fn encode_record(record: &MigrationRecord) -> io::Result<Vec<u8>> {
                 SourceStage::Pushing => (0, false),
                 SourceStage::Offered => (1, false),
                 SourceStage::Relinquished { synced } => (2, synced),
-                SourceStage::Released => (3, false),
+                SourceStage::Released { synced } => (3, synced),
             };
             out.u8(2).bytes(&source.migration.0).u8(stage).u8(synced.into()).u32(source.threshold);
             out.u8(source.strategy).u8(source.write_cache.into()).bytes(&source.digest.0.to_le_bytes());
@@ -88,7 +88,7 @@ fn decode_source(input: &mut Reader<'_>) -> Option<SourceRecord> {
         (0, false) => SourceStage::Pushing,
         (1, false) => SourceStage::Offered,
         (2, synced) => SourceStage::Relinquished { synced },
-        (3, false) => SourceStage::Released,
+        (3, synced) => SourceStage::Released { synced },
         _ => return None,
     };
     let (threshold, strategy, write_cache) = (input.u32()?, input.u8()?, input.flag()?);

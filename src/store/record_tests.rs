@@ -20,7 +20,7 @@ fn any_role() -> impl Strategy<Value = Role> {
                     0 => SourceStage::Pushing,
                     1 => SourceStage::Offered,
                     2 => SourceStage::Relinquished { synced },
-                    _ => SourceStage::Released,
+                    _ => SourceStage::Released { synced },
                 },
                 threshold,
                 strategy,

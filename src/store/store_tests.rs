@@ -58,7 +58,7 @@ fn a_volume_is_made_and_found_again() {
     );
     assert_eq!(store.record.load(), Some((record, true)));
     assert_eq!(store.load_remaining().unwrap(), Some((Epoch(2), vec![])));
-    store.adopt(VolumeId([5; 16]), "theirs", true).unwrap();
+    store.adopt(VolumeId([5; 16]), "theirs", true, None).unwrap();
     drop(store);
 
     let store = Store::open(&state, &sized(10 * CHUNK + 512)).unwrap();

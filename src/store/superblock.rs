@@ -8,7 +8,7 @@ use super::codec::{Reader, Writer};
 use super::error::StoreError;
 use super::medium::{Folder, read_all, replace};
 use crate::core::geometry::{Geometry, GeometryError};
-use crate::core::message::{BaseIdentity, VolumeId};
+use crate::core::message::{BaseIdentity, MigrationId, VolumeId};
 use parking_lot::Mutex;
 use std::ffi::OsStr;
 use std::io;
@@ -24,6 +24,7 @@ const MAX_PATH: usize = 4096;
 const LONGEST: usize = 16 << 10;
 const READ_ONLY: u32 = 1;
 const WRITE_THROUGH: u32 = 2;
+const CAME_IN: u32 = 4;
 
 /// What a state directory holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +41,8 @@ pub struct Superblock {
     pub read_only: bool,
     /// The guest has set its write cache to write-through.
     pub write_through: bool,
+    /// The migration in which the disk came here; its source has the chunks that are `Received` as they are.
+    pub came_in: Option<MigrationId>,
     /// The base image; length 0 when there is none.
     pub base: BaseIdentity,
     /// Where the base image is, as it was given last.
@@ -62,12 +65,17 @@ impl Superblock {
     fn encode(&self) -> io::Result<Vec<u8>> {
         let mut out = Writer::default();
         let flag = |on: bool, bit: u32| if on { bit } else { 0 };
-        let flags = flag(self.read_only, READ_ONLY) | flag(self.write_through, WRITE_THROUGH);
+        let flags = flag(self.read_only, READ_ONLY)
+            | flag(self.write_through, WRITE_THROUGH)
+            | flag(self.came_in.is_some(), CAME_IN);
         out.bytes(&MAGIC).u32(VERSION).u32(flags).bytes(&self.store.0).bytes(&self.volume.0);
         out.u64(self.size).u32(self.chunk_size).u32(0).u64(self.base.length).bytes(&self.base.digest);
         out.text(self.base_url.as_deref().unwrap_or_default().as_bytes(), MAX_PATH)?;
         out.text(self.serial.as_bytes(), crate::config::MAX_SERIAL)?;
         out.text(self.layer_path.as_deref().unwrap_or(Path::new("")).as_os_str().as_bytes(), MAX_PATH)?;
+        if let Some(migration) = self.came_in {
+            out.bytes(&migration.0);
+        }
         let crc = crc32fast::hash(&out.0);
         out.u32(crc);
         Ok(out.0)
@@ -82,7 +90,8 @@ impl Superblock {
         let base_url = std::str::from_utf8(input.text(MAX_PATH)?).ok()?;
         let serial = std::str::from_utf8(input.text(crate::config::MAX_SERIAL)?).ok()?;
         let layer_path = input.text(MAX_PATH)?;
-        if !input.is_empty() || flags & !(READ_ONLY | WRITE_THROUGH) != 0 {
+        let came_in = if flags & CAME_IN != 0 { Some(MigrationId(input.array()?)) } else { None };
+        if !input.is_empty() || flags & !(READ_ONLY | WRITE_THROUGH | CAME_IN) != 0 {
             return None;
         }
         Some(Self {
@@ -92,6 +101,7 @@ impl Superblock {
             chunk_size,
             read_only: flags & READ_ONLY != 0,
             write_through: flags & WRITE_THROUGH != 0,
+            came_in,
             base,
             base_url: (!base_url.is_empty()).then(|| base_url.to_owned()),
             serial: serial.to_owned(),
@@ -181,6 +191,7 @@ mod tests {
             chunk_size: 256 << 10,
             read_only: true,
             write_through: true,
+            came_in: Some(MigrationId([6; 16])),
             base: BaseIdentity { length: 512, digest: [5; 32] },
             base_url: Some("file:///base.img".into()),
             serial: "blkferry".into(),
@@ -196,7 +207,7 @@ mod tests {
             let mut one = sample();
             if !with {
                 (one.base_url, one.layer_path, one.read_only) = (None, None, false);
-                one.write_through = false;
+                (one.write_through, one.came_in) = (false, None);
             }
             one.save(&disk).unwrap();
             assert_eq!(Superblock::load(&disk).unwrap(), Some(one));

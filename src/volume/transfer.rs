@@ -13,6 +13,8 @@
 //! Everything that goes wrong leaves a chunk as it was, or `Remote`; never half installed under a state that says
 //! it is whole.
 
+mod replica;
+
 use super::table::{Exclusive, TableError};
 use super::volume::Volume;
 use crate::core::chunk::{ChunkState, after_fetch, after_install};
@@ -153,7 +155,7 @@ impl Transfer {
         };
         let full = self.volume.geometry().full_mask(chunk);
         let mask = match look.state {
-            ChunkState::Modified => full,
+            ChunkState::Modified | ChunkState::Received => full,
             ChunkState::Base if !look.mask.is_empty() => look.mask,
             ChunkState::Zero => {
                 return Ok(Captured { version: look.version, clean: look.writers == 0, body: Body::Zero });
@@ -177,9 +179,13 @@ impl Transfer {
         let offset = geometry.chunk_start(chunk) + u64::from(outer.start);
         let (result, buf) = self.engine.read(self.file, offset, IoBuf::zeroed(outer.len())).await;
         result.map_err(|error| TransferError::Io { chunk, error })?;
-        if mask == geometry.full_mask(chunk) {
-            let zero = buf.is_zero();
-            return Ok(if zero { Body::Zero } else { Body::Blocks { mask, bytes: buf.to_vec() } });
+        let full = geometry.full_mask(chunk);
+        if mask == full && buf.is_zero() {
+            return Ok(Body::Zero);
+        }
+        let mask = if mask == full { self.without_zeros(chunk, &buf) } else { mask };
+        if mask == full {
+            return Ok(Body::Blocks { mask, bytes: buf.to_vec() });
         }
         let mut bytes = vec![0; geometry.mask_bytes(chunk, mask) as usize];
         let mut at = 0;
@@ -190,6 +196,23 @@ impl Transfer {
             at += range.len();
         }
         Ok(Body::Blocks { mask, bytes })
+    }
+
+    /// Which blocks of a whole chunk have to travel. Where no base image lies under it, those that do not are zeros at the
+    /// destination; few of them are not worth the holes that they cost there.
+    fn without_zeros(&self, chunk: ChunkId, content: &IoBuf) -> BlockMask {
+        let full = self.volume.geometry().full_mask(chunk);
+        if self.volume.table().has_base(chunk) {
+            return full;
+        }
+        let mut mask = full;
+        for block in 0..full.count() {
+            let range = self.volume.geometry().block_bytes(chunk, &(block..block + 1));
+            if content.slice(range.start as usize, range.len()).is_zero() {
+                mask = mask.minus(BlockMask::range(block, block + 1));
+            }
+        }
+        if mask.count() * 4 > full.count() * 3 { full } else { mask }
     }
 
     /// Puts a chunk of the source into place, around the blocks that the guest has written here. Wakes who waits.
@@ -265,8 +288,11 @@ impl Transfer {
         }
         let (state, mask) = after_install(*came, kept, full);
         if state == ChunkState::Base && !self.volume.table().has_base(chunk) {
-            // Where there is no base image, what is not in the mask must be a hole.
+            // Where there is no base image, what is not in the mask must be a hole; and a hole is as whole as data.
             self.punch(chunk, full.minus(mask)).await?;
+            if kept.is_empty() {
+                return Ok((ChunkState::Received, BlockMask::EMPTY));
+            }
         }
         Ok((state, mask))
     }
@@ -474,7 +500,7 @@ impl Transfer {
     #[must_use]
     pub fn modified_chunks(&self) -> ChunkSet {
         self.select(|state, mask| match state {
-            ChunkState::Modified | ChunkState::Zero => true,
+            ChunkState::Modified | ChunkState::Received | ChunkState::Zero => true,
             ChunkState::Base => !mask.is_empty(),
             ChunkState::Local | ChunkState::Remote | ChunkState::Installing => false,
         })

@@ -64,6 +64,8 @@ pub struct StateCounts {
     pub remote: u64,
     /// Being filled or punched.
     pub installing: u64,
+    /// As the last migration's source gave them.
+    pub received: u64,
 }
 
 /// What one queue thread has done. Only that thread writes it, so that counting costs no locked instruction and no
@@ -258,8 +260,14 @@ impl Volume {
             modified: count(ChunkState::Modified),
             remote: count(ChunkState::Remote),
             installing: count(ChunkState::Installing),
+            received: count(ChunkState::Received),
         };
-        let others = counts.zero + counts.local + counts.modified + counts.remote + counts.installing;
+        let others = counts.zero
+            + counts.local
+            + counts.modified
+            + counts.remote
+            + counts.installing
+            + counts.received;
         counts.base = u64::from(self.geometry().chunk_count()).saturating_sub(others);
         counts
     }

@@ -73,6 +73,8 @@ pub fn kind(message: &Message) -> Kind {
         Message::Cancelled => Kind::Cancelled,
         Message::Ping(_) => Kind::Ping,
         Message::Pong(_) => Kind::Pong,
+        Message::Replica { .. } => Kind::Replica,
+        Message::Keep { .. } => Kind::Keep,
     }
 }
 
@@ -226,7 +228,8 @@ fn put_control(out: &mut Vec<u8>, message: &Message) -> Result<()> {
             out.put_u8(*reason as u8);
             put_text(out, clip(text, MAX_TEXT));
         }
-        Message::Have { entries, last } => {
+        Message::Replica { migration } => out.put_slice(&migration.0),
+        Message::Have { entries, last } | Message::Keep { entries, last } => {
             out.put_u8((*last).into());
             put_pairs(out, entries)?;
         }
@@ -368,6 +371,8 @@ fn take_control(kind: Kind, fields: &mut Fields<'_>) -> Result<Message> {
         Kind::Welcome => Message::Welcome(take_welcome(fields)?),
         Kind::Refuse => Message::Refuse { reason: fields.refusal()?, text: fields.text("a text", MAX_TEXT)? },
         Kind::Have => Message::Have { last: fields.flag("the last flag")?, entries: fields.pairs()? },
+        Kind::Replica => Message::Replica { migration: MigrationId(fields.array()?) },
+        Kind::Keep => Message::Keep { last: fields.flag("the last flag")?, entries: fields.pairs()? },
         Kind::Announce => Message::Announce { entries: fields.list(20, take_announcement)? },
         Kind::HotBase => Message::HotBase { chunks: fields.list(4, Fields::chunk)? },
         Kind::Chunk => return Err(WireError::Misplaced { what: "Chunk" }),

@@ -57,10 +57,12 @@ pub enum Kind {
     Cancelled = 22,
     Ping = 23,
     Pong = 24,
+    Replica = 25,
+    Keep = 26,
 }
 
 /// All types with their names, in the order of their numbers, which start at 1.
-const KINDS: [(Kind, &str); 24] = [
+const KINDS: [(Kind, &str); 26] = [
     (Kind::Hello, "Hello"),
     (Kind::Welcome, "Welcome"),
     (Kind::Refuse, "Refuse"),
@@ -85,6 +87,8 @@ const KINDS: [(Kind, &str); 24] = [
     (Kind::Cancelled, "Cancelled"),
     (Kind::Ping, "Ping"),
     (Kind::Pong, "Pong"),
+    (Kind::Replica, "Replica"),
+    (Kind::Keep, "Keep"),
 ];
 
 impl Kind {
@@ -357,7 +361,7 @@ mod tests {
             assert_eq!(format!("{kind:?}"), *name);
         }
         assert_eq!(Kind::from_number(0), None);
-        assert_eq!(Kind::from_number(25), None);
+        assert_eq!(Kind::from_number(27), None);
     }
 
     /// The table of docs/protocol.md has these numbers and names, and no others.

@@ -13,9 +13,20 @@ pub const OLDEST_VERSION: u16 = 1;
 /// Newest version of the protocol that this build speaks.
 pub const NEWEST_VERSION: u16 = 1;
 
-/// A set of optional parts of the protocol, one bit each. Version 1 has none: every bit is free.
+/// A set of optional parts of the protocol, one bit each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Features(pub u64);
+
+impl Features {
+    /// The messages `Replica` and `Keep`: a disk that comes back finds what it left.
+    pub const REPLICA: Self = Self(1);
+
+    /// Whether all of `wanted` are in the set.
+    #[must_use]
+    pub fn has(self, wanted: Self) -> bool {
+        self.0 & wanted.0 == wanted.0
+    }
+}
 
 /// Versions `min..=max`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,7 +52,7 @@ impl Terms {
     /// What this build speaks.
     pub const OURS: Self = Self {
         versions: VersionRange { min: OLDEST_VERSION, max: NEWEST_VERSION },
-        offered: Features(0),
+        offered: Features::REPLICA,
         required: Features(0),
     };
 }

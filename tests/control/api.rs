@@ -299,13 +299,21 @@ async fn metrics_say_what_the_snapshot_knows() {
             read_bytes: 6,
             written_bytes: 7,
         };
-        snapshot.volume.chunks =
-            ChunkCounts { base: 10, zero: 11, local: 12, modified: 13, remote: 14, installing: 15 };
+        snapshot.volume.chunks = ChunkCounts {
+            base: 10,
+            zero: 11,
+            local: 12,
+            modified: 13,
+            remote: 14,
+            installing: 15,
+            received: 16,
+        };
         let migration = &mut snapshot.migration;
         migration.state = MigrationState::PostcopyActive;
         migration.remaining_chunks = 20;
         (migration.push_bytes, migration.prefetch_bytes, migration.demand_bytes) = (21, 22, 23);
         migration.chunks_repushed = 24;
+        migration.kept_chunks = 25;
     });
     let text = node.client().metrics().await.unwrap();
     for line in [
@@ -322,6 +330,7 @@ async fn metrics_say_what_the_snapshot_knows() {
         r#"blkferry_chunks{state="modified"} 13"#,
         r#"blkferry_chunks{state="remote"} 14"#,
         r#"blkferry_chunks{state="installing"} 15"#,
+        r#"blkferry_chunks{state="received"} 16"#,
         r#"blkferry_migration_state{state="postcopy-active"} 1"#,
         r#"blkferry_migration_state{state="none"} 0"#,
         "blkferry_migration_chunks_remaining 20",
@@ -329,6 +338,7 @@ async fn metrics_say_what_the_snapshot_knows() {
         r#"blkferry_migration_transferred_bytes_total{path="prefetch"} 22"#,
         r#"blkferry_migration_transferred_bytes_total{path="demand"} 23"#,
         "blkferry_migration_chunk_resends_total 24",
+        "blkferry_migration_kept_chunks_total 25",
         "# EOF",
     ] {
         assert!(text.lines().any(|have| have == line), "{line} is missing in\n{text}");

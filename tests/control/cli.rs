@@ -150,6 +150,8 @@ async fn a_migration_ends_with_the_one_object_and_0() {
         "chunks_pulled",
         "chunks_cancelled",
         "zero_chunks",
+        "kept_chunks",
+        "kept_bytes",
     ];
     let places: Vec<_> =
         expected.iter().map(|name| line.find(&format!("\"{name}\":")).expect(name)).collect();

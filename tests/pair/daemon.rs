@@ -24,6 +24,11 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// Another one beside this one, on the same arguments, with files of its own.
+    pub fn another(&self, name: &'static str) -> Self {
+        Self::start(name, self.dir.parent().unwrap(), &self.args)
+    }
+
     /// Starts `blkferryd` with its files in `dir` and these arguments more.
     pub fn start(name: &'static str, dir: &Path, args: &[String]) -> Self {
         let dir = dir.join(name);

@@ -19,5 +19,6 @@ mod guest;
 mod kills;
 mod moves;
 mod resize;
+mod returns;
 mod world;
 mod writer;

@@ -152,7 +152,7 @@ fn a_source_that_has_given_the_disk_away_refuses_to_start() {
     assert_eq!(world.sides[0].state(), MigrationState::PostcopyActive);
     resume_at_the_source(&world, &mut old, bases[0]);
     let denied = world.sides[1].migrate(world.sides[0].port, StrategyName::Hybrid, None).unwrap_err();
-    assert_eq!(denied.code(), "busy", "{denied}");
+    assert_eq!(denied.code(), "not-whole", "{denied}");
     assert_eq!(world.sides[0].cancel().unwrap_err().code(), "handed-over");
     assert_eq!(world.sides[1].cancel().unwrap_err().code(), "handed-over");
     world.complete();

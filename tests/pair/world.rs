@@ -167,6 +167,12 @@ impl World {
         self.settle();
     }
 
+    /// Writes a range that is answered when it can be.
+    pub fn write_soon(&mut self, sectors: Range<u64>) {
+        let guest = self.guest.as_mut().unwrap();
+        self.writer.write(guest, sectors);
+    }
+
     /// Asks for a range.
     pub fn read(&mut self, sectors: Range<u64>) {
         let guest = self.guest.as_mut().unwrap();

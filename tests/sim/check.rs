@@ -41,7 +41,9 @@ impl World {
             Message::Synced { epoch } => {
                 epoch == durable && gives(|stage| stage == SourceStage::Relinquished { synced: true })
             }
-            Message::Released { epoch } => epoch == durable && gives(|stage| stage == SourceStage::Released),
+            Message::Released { epoch } => {
+                epoch == durable && gives(|stage| matches!(stage, SourceStage::Released { .. }))
+            }
             Message::Cancel => *role == Role::Serving,
             Message::Prepared { epoch } => {
                 epoch == durable && takes(|stage| stage == DestinationStage::Prepared)
@@ -171,7 +173,7 @@ impl World {
             }
         }
         if let NodeRole::Source(session) = &self.sides[1 - side].role {
-            assert!(lost || session.stage() == SourceStage::Released);
+            assert!(lost || matches!(session.stage(), SourceStage::Released { .. }));
         }
     }
 }

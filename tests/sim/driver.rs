@@ -122,6 +122,7 @@ impl World {
                 s.run += 1;
                 s.virgin = false;
                 s.volume_id = hello.volume;
+                s.came_in = Some(hello.migration);
                 s.epoch = Epoch(s.epoch.0.max(hello.epoch.0));
             }
             DestinationAction::Install(data) => {
@@ -163,6 +164,7 @@ impl World {
             DestinationAction::StartAnswered { allowed, .. } => self.answer_start(side, allowed),
             DestinationAction::FailChunk { chunk, .. } => self.fail_waiters(side, chunk),
             DestinationAction::Wipe => self.job(side, 1, Job::Wiped),
+            DestinationAction::Prune(list) => self.job(side, 1, Job::Pruned(list)),
             DestinationAction::Finished(outcome) => self.finish(side, &outcome),
         }
     }

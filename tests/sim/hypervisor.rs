@@ -61,7 +61,7 @@ impl World {
         self.after(delay, Event::Operator);
         let home = self.guest.at;
         let gives = (0..2).find(|side| match &self.sides[*side].role {
-            NodeRole::Source(session) => session.stage() != SourceStage::Released,
+            NodeRole::Source(session) => !matches!(session.stage(), SourceStage::Released { .. }),
             NodeRole::Serving | NodeRole::Idle | NodeRole::Destination(_) => false,
         });
         if self.calm {
@@ -213,7 +213,7 @@ impl World {
             NodeRole::Serving => return self.runs(side),
             NodeRole::Destination(session) if owns(session) => return self.runs(side),
             NodeRole::Idle => return self.refused(side),
-            NodeRole::Source(session) if session.stage() == SourceStage::Released => {
+            NodeRole::Source(session) if matches!(session.stage(), SourceStage::Released { .. }) => {
                 return self.refused(side);
             }
             NodeRole::Source(session) => {
@@ -303,7 +303,7 @@ impl World {
         let gone = match &self.sides[away].role {
             NodeRole::Idle => true,
             NodeRole::Serving => false,
-            NodeRole::Source(session) => session.stage() == SourceStage::Released,
+            NodeRole::Source(session) => matches!(session.stage(), SourceStage::Released { .. }),
             NodeRole::Destination(session) => !owns(session),
         };
         serves && gone && self.guest.idle()

@@ -49,7 +49,8 @@ impl World {
         }
         s.record = write.record.clone();
         s.record_boot = s.boot;
-        if matches!(role, Role::Source(r) if r.stage == SourceStage::Relinquished { synced: true }) {
+        let synced = |stage| matches!(stage, SourceStage::Relinquished { synced } | SourceStage::Released { synced } if synced);
+        if matches!(role, Role::Source(r) if synced(r.stage)) {
             self.check_synced(side);
         }
         self.tell(|| format!("{side} has durably {:?}", write.record));
@@ -104,6 +105,7 @@ impl World {
             Job::InstallEnd(data) => self.install_end(side, run, data),
             Job::Synced(what, snapshot) => self.synced(side, current, what, *snapshot),
             Job::Wiped => self.wiped(side, run, current),
+            Job::Pruned(list) => self.pruned(side, run, list),
             Job::Connect if current && matches!(self.sides[side].role, NodeRole::Source(_)) => {
                 self.dial(side)
             }
@@ -134,7 +136,7 @@ impl World {
             return self.again(side, run, 200, Job::CaptureStart(chunk));
         }
         let mask = match c.state {
-            ChunkState::Modified => self.sides[side].volume.full(chunk),
+            ChunkState::Modified | ChunkState::Received => self.sides[side].volume.full(chunk),
             ChunkState::Base if !c.mask.is_empty() => c.mask,
             ChunkState::Zero => {
                 let capture =
@@ -242,6 +244,21 @@ impl World {
         let now = self.clock();
         if current && let NodeRole::Destination(session) = &mut self.sides[side].role {
             session.handle_wiped(now);
+        }
+    }
+
+    fn pruned(&mut self, side: usize, run: u64, list: Vec<(ChunkId, Version)>) {
+        if self.sides[side].moving > 0 {
+            return self.again(side, run, 500, Job::Pruned(list));
+        }
+        let kept = self.sides[side].volume.prune(&list);
+        self.stats.kept += kept.len() as u64;
+        self.tell(|| format!("side {side} has kept {kept:?}"));
+        let now = self.clock();
+        if run == self.sides[side].run
+            && let NodeRole::Destination(session) = &mut self.sides[side].role
+        {
+            session.handle_pruned(now, kept);
         }
     }
 

@@ -8,7 +8,7 @@ use blkferry::core::geometry::ChunkId;
 use blkferry::core::heat::Counting;
 use blkferry::core::message::{Epoch, Hello, Incarnation, MigrationId, Version};
 use blkferry::core::record::{DestinationStage, MigrationRecord, Role, SourceStage};
-use blkferry::core::source::{ArmParams, SourceSession};
+use blkferry::core::source::{ArmParams, SourceSession, Unchanged};
 use blkferry::core::strategy::Strategy;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -51,6 +51,7 @@ impl World {
             start_now: self.dice.permille(800),
             rings_running: running,
             write_cache: s.write_cache,
+            unchanged: None,
         }
     }
 
@@ -64,7 +65,11 @@ impl World {
         self.incarnations += 1;
         let mut id = [0; 16];
         id[..8].copy_from_slice(&self.incarnations.to_le_bytes());
-        let params = self.arm_params(side, MigrationId(id), strategy, threshold);
+        let mut params = self.arm_params(side, MigrationId(id), strategy, threshold);
+        let volume = &self.sides[side].volume;
+        let received = volume.with_lasting(ChunkState::Received);
+        let chunks = received.into_iter().map(|c| (c, Version(volume.chunk(c).version))).collect();
+        params.unchanged = self.sides[side].came_in.map(|migration| Unchanged { migration, chunks });
         let modified = self.sides[side].volume.modified();
         let hot = self.sides[side].volume.with_lasting(ChunkState::Local);
         self.tell(|| format!("side {side} is armed: {strategy:?} {threshold} {modified:?}"));
@@ -78,7 +83,7 @@ impl World {
         }
     }
 
-    pub(crate) fn facts(&self, side: usize, released: bool) -> LocalFacts {
+    pub(crate) fn facts(&self, side: usize, released: bool, replica: Option<MigrationId>) -> LocalFacts {
         let s = &self.sides[side];
         LocalFacts {
             geometry: self.geometry,
@@ -90,12 +95,13 @@ impl World {
             epoch: s.epoch,
             virgin: s.virgin,
             released,
+            replica,
         }
     }
 
-    pub(crate) fn become_destination(&mut self, side: usize, released: bool) {
+    pub(crate) fn become_destination(&mut self, side: usize, released: bool, replica: Option<MigrationId>) {
         self.sides[side].run += 1;
-        let session = DestinationSession::idle(self.facts(side, released));
+        let session = DestinationSession::idle(self.facts(side, released, replica));
         self.stats.returns += u64::from(released);
         self.sides[side].role = NodeRole::Destination(Box::new(session));
     }
@@ -240,7 +246,7 @@ impl World {
             .collect();
         self.tell(|| format!("  has {have:?}, remaining {remaining:?}"));
         let owner = matches!(record.stage, DestinationStage::Active { .. } | DestinationStage::Complete);
-        let facts = self.facts(side, false);
+        let facts = self.facts(side, false, None);
         let session = DestinationSession::resume(facts, record, epoch, have, remaining);
         let s = &mut self.sides[side];
         s.flush_gate = record.stage != DestinationStage::Active { source_synced: false };

@@ -53,7 +53,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 /// Everything that must happen in the seeds together, or they prove nothing.
-fn counts(s: &Stats) -> [(&'static str, u64); 18] {
+fn counts(s: &Stats) -> [(&'static str, u64); 19] {
     [
         ("handoffs", s.handoffs),
         ("completions", s.completions),
@@ -61,6 +61,7 @@ fn counts(s: &Stats) -> [(&'static str, u64); 18] {
         ("cancels", s.cancels),
         ("denials", s.denials),
         ("returns", s.returns),
+        ("kept chunks", s.kept),
         ("cuts", s.cuts),
         ("kills", s.kills),
         ("host crashes", s.host_crashes),

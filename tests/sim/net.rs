@@ -4,6 +4,7 @@
 
 use crate::world::{Event, MS, NodeRole, SECOND, World};
 use blkferry::core::message::{Message, Refusal};
+use blkferry::core::record::SourceStage;
 use std::collections::BTreeMap;
 
 #[derive(Debug)]
@@ -54,14 +55,15 @@ impl World {
                 self.sides[side].conn = Some(conn);
                 return self.say(side, Message::Refuse { reason: Refusal::Busy, text });
             }
-            NodeRole::Idle => self.become_destination(side, false),
+            NodeRole::Idle => self.become_destination(side, false, None),
             NodeRole::Source(session) => {
-                if session.stage() != blkferry::core::record::SourceStage::Released {
+                let SourceStage::Released { synced } = session.stage() else {
                     let delay = self.dice.delay(self.plan.net_delay);
                     self.net.conns.entry(conn).and_modify(|c| c.open = false);
                     return self.after(delay, Event::Closed { side: 1 - side, conn });
-                }
-                self.become_destination(side, true);
+                };
+                let replica = synced.then(|| session.migration());
+                self.become_destination(side, true, replica);
             }
             NodeRole::Destination(_) => {}
         }

@@ -118,7 +118,9 @@ impl Volume {
         let c = self.chunk(chunk);
         let valid = c.mask.0 >> block & 1 == 1;
         match c.lasting() {
-            ChunkState::Local | ChunkState::Modified => Some(self.data[at(chunk, block)]),
+            ChunkState::Local | ChunkState::Modified | ChunkState::Received => {
+                Some(self.data[at(chunk, block)])
+            }
             ChunkState::Zero => Some(0),
             ChunkState::Base if !valid => Some(self.base(chunk, block)),
             ChunkState::Remote if !valid => None,
@@ -134,7 +136,7 @@ impl Volume {
         let valid = mask.0 >> block & 1 == 1;
         let value = self.synced.data[at(chunk, block)];
         match state {
-            ChunkState::Modified => Some(value),
+            ChunkState::Modified | ChunkState::Received => Some(value),
             ChunkState::Zero => Some(0),
             ChunkState::Local => Some(self.base(chunk, block)),
             ChunkState::Base if !valid => Some(self.base(chunk, block)),
@@ -296,7 +298,7 @@ impl Volume {
 
     pub(crate) fn modified(&self) -> Vec<ChunkId> {
         let wanted = |chunk: &ChunkId| match self.chunk(*chunk).lasting() {
-            ChunkState::Modified | ChunkState::Zero => true,
+            ChunkState::Modified | ChunkState::Received | ChunkState::Zero => true,
             ChunkState::Base => !self.chunk(*chunk).mask.is_empty(),
             ChunkState::Local | ChunkState::Remote | ChunkState::Installing => false,
         };
@@ -338,7 +340,11 @@ impl Volume {
     pub(crate) fn host_crash(&mut self, mut newer: impl FnMut() -> bool) {
         self.kill();
         for (c, (state, mask, version)) in self.chunks.iter_mut().zip(&self.synced.map) {
-            let state = if *state == ChunkState::Local { ChunkState::Base } else { *state };
+            let state = match state {
+                ChunkState::Local => ChunkState::Base,
+                ChunkState::Received => ChunkState::Modified,
+                other => *other,
+            };
             *c = Chunk { state, mask: *mask, version: *version, noted: *version, ..Chunk::EMPTY };
         }
         for (now, synced) in self.data.iter_mut().zip(&self.synced.data) {
@@ -360,6 +366,19 @@ impl Volume {
         for chunk in chunks {
             *self.chunk_mut(chunk) = Chunk { state: ChunkState::Remote, ..Chunk::EMPTY };
         }
+    }
+
+    /// Drops everything but the chunks of the list that are whole; returns those.
+    pub(crate) fn prune(&mut self, list: &[(ChunkId, Version)]) -> Vec<(ChunkId, Version)> {
+        let whole = |c: &Chunk| matches!(c.state, ChunkState::Modified | ChunkState::Received);
+        let kept: Vec<_> = list.iter().copied().filter(|(chunk, _)| whole(self.chunk(*chunk))).collect();
+        self.chunks.fill(Chunk::EMPTY);
+        for (chunk, version) in &kept {
+            let (state, version) = (ChunkState::Received, version.0);
+            *self.chunk_mut(*chunk) = Chunk { state, version, noted: version, ..Chunk::EMPTY };
+        }
+        self.synced = self.snapshot();
+        kept
     }
 
     pub(crate) fn wipe(&mut self) {

@@ -9,7 +9,7 @@ use crate::net::Net;
 use crate::volume::{BLOCKS, Snapshot, Volume};
 use blkferry::core::destination::DestinationSession;
 use blkferry::core::geometry::{BlockMask, ChunkId, Geometry};
-use blkferry::core::message::{BaseIdentity, ChunkData, Epoch, Message, VolumeId};
+use blkferry::core::message::{BaseIdentity, ChunkData, Epoch, Message, MigrationId, Version, VolumeId};
 use blkferry::core::record::{MigrationRecord, Role};
 use blkferry::core::source::{Capture, SourceSession};
 use std::collections::{BTreeMap, VecDeque};
@@ -143,6 +143,8 @@ pub(crate) struct Side {
     pub(crate) write_cache: bool,
     pub(crate) conn: Option<u64>,
     pub(crate) volume_id: VolumeId,
+    /// The migration in which the disk came; durable.
+    pub(crate) came_in: Option<MigrationId>,
     pub(crate) epoch: Epoch,
     pub(crate) virgin: bool,
     pub(crate) stop_hold: bool,
@@ -186,6 +188,7 @@ pub(crate) enum Job {
     InstallEnd(ChunkData),
     Synced(SyncFor, Box<Snapshot>),
     Wiped,
+    Pruned(Vec<(ChunkId, Version)>),
     Connect,
     Drain,
     WriteMid(u64),
@@ -232,6 +235,7 @@ pub(crate) struct Stats {
     pub(crate) held_flushes: u64,
     pub(crate) lost: u64,
     pub(crate) returns: u64,
+    pub(crate) kept: u64,
     pub(crate) reads: u64,
     pub(crate) events: u64,
 }
@@ -255,6 +259,7 @@ impl Stats {
         self.held_flushes += one.held_flushes;
         self.lost += one.lost;
         self.returns += one.returns;
+        self.kept += one.kept;
         self.reads += one.reads;
         self.events += one.events;
     }
@@ -522,6 +527,7 @@ impl Side {
             conn: None,
             volume_id: volume,
             epoch: Epoch(0),
+            came_in: None,
             virgin: false,
             stop_hold: false,
             start_hold: false,

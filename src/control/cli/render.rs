@@ -76,6 +76,7 @@ fn chunks(counts: &ChunkCounts) -> String {
         ("modified", counts.modified),
         ("remote", counts.remote),
         ("installing", counts.installing),
+        ("received", counts.received),
     ];
     let some: Vec<_> = all.iter().filter(|(_, n)| *n > 0).map(|(word, n)| format!("{n} {word}")).collect();
     some.join(", ")
@@ -131,6 +132,7 @@ pub fn migration(migration: &MigrationStatus) -> String {
             migration.zero_chunks,
         ),
     );
+    block.row("kept", kept(migration.kept_chunks, migration.kept_bytes));
     block.row("time", times(migration.total_ms, migration.push_ms, migration.handoff_ms, migration.pull_ms));
     if migration.reconnects > 0 {
         block.row("reconnects", migration.reconnects.to_string());
@@ -156,6 +158,14 @@ fn travelled(pushed: u64, again: u64, pulled: u64, cancelled: u64, zero: u64) ->
     format!(
         "{pushed} pushed ({again} again), {pulled} pulled, {cancelled} pulls made needless, {zero} as zeros"
     )
+}
+
+/// What a disk that comes back finds there; nothing, if it does not come back.
+fn kept(chunks: u64, bytes: u64) -> String {
+    if chunks == 0 {
+        return String::new();
+    }
+    format!("{chunks} chunks ({}) were there already", human(bytes))
 }
 
 fn times(total: u64, push: u64, handoff: u64, pull: u64) -> String {
@@ -185,6 +195,7 @@ pub fn summary(summary: &Summary) -> String {
             summary.zero_chunks,
         ),
     );
+    block.row("kept", kept(summary.kept_chunks, summary.kept_bytes));
     block.row("time", times(summary.total_ms, summary.push_ms, summary.handoff_ms, summary.pull_ms));
     if let Some(state) = &summary.vm_state {
         let downtime =

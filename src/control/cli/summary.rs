@@ -29,6 +29,10 @@ pub struct Summary {
     pub chunks_pulled: u64,
     pub chunks_cancelled: u64,
     pub zero_chunks: u64,
+    #[serde(default)]
+    pub kept_chunks: u64,
+    #[serde(default)]
+    pub kept_bytes: u64,
     pub reconnects: u64,
     pub stop_hold_us: u64,
     pub start_hold_us: u64,
@@ -69,6 +73,8 @@ impl Summary {
             chunks_pulled: disk.chunks_pulled,
             chunks_cancelled: disk.chunks_cancelled,
             zero_chunks: disk.zero_chunks,
+            kept_chunks: disk.kept_chunks,
+            kept_bytes: disk.kept_bytes,
             reconnects: disk.reconnects,
             stop_hold_us: disk.stop_hold_us,
             start_hold_us: disk.start_hold_us,

@@ -28,6 +28,8 @@ impl DestinationSession {
             DestinationStep::Preparing | DestinationStep::Voiding => self.offer = Some(offer),
             DestinationStep::Idle
             | DestinationStep::Clearing
+            | DestinationStep::Keeping
+            | DestinationStep::Pruning
             | DestinationStep::Adopting
             | DestinationStep::Prepared
             | DestinationStep::Activating
@@ -102,6 +104,8 @@ impl DestinationSession {
             DestinationStep::Receiving => None,
             DestinationStep::Idle
             | DestinationStep::Clearing
+            | DestinationStep::Keeping
+            | DestinationStep::Pruning
             | DestinationStep::Adopting
             | DestinationStep::Preparing
             | DestinationStep::Voiding
@@ -175,6 +179,8 @@ impl DestinationSession {
                 DestinationStep::Preparing => self.voided = self.voided.max(Some(epoch)),
                 DestinationStep::Idle
                 | DestinationStep::Clearing
+                | DestinationStep::Keeping
+                | DestinationStep::Pruning
                 | DestinationStep::Adopting
                 | DestinationStep::Voiding
                 | DestinationStep::Activating
@@ -198,6 +204,8 @@ impl DestinationSession {
             DestinationStep::Prepared | DestinationStep::Preparing => self.on_reclaimed(epoch),
             DestinationStep::Idle
             | DestinationStep::Clearing
+            | DestinationStep::Keeping
+            | DestinationStep::Pruning
             | DestinationStep::Adopting
             | DestinationStep::Voiding
             | DestinationStep::Activating

@@ -26,6 +26,11 @@ impl DestinationSession {
         let same_run = hello.incarnation == self.incarnation;
         match self.step {
             DestinationStep::Idle => self.adopt(hello),
+            // Of the same disk, or it would have been refused.
+            DestinationStep::Keeping => {
+                self.take_up(hello);
+                self.ask_what_is_current();
+            }
             // The same migration, and all that came is of the same run of the source.
             // If the offer that is prepared here was reclaimed meanwhile, that is made durable first.
             DestinationStep::Prepared if known && same_run && hello.epoch > self.epoch => {
@@ -63,6 +68,7 @@ impl DestinationSession {
             | DestinationStep::Left => self.refuse(Refusal::Busy, "this daemon serves a disk of its own"),
             // A record is being written: the greeting waits for it.
             DestinationStep::Clearing
+            | DestinationStep::Pruning
             | DestinationStep::Adopting
             | DestinationStep::Preparing
             | DestinationStep::Voiding
@@ -113,6 +119,15 @@ impl DestinationSession {
     /// Makes room for a migration: first durably nobody's, then empty, then this migration's.
     pub(super) fn adopt(&mut self, hello: Hello) {
         let virgin = self.facts.virgin && self.step == DestinationStep::Idle;
+        self.take_up(hello);
+        if virgin {
+            self.begin_adopting();
+        } else if self.go(DestinationStep::Clearing) {
+            self.persist_role(Role::Idle, None);
+        }
+    }
+
+    fn take_up(&mut self, hello: Hello) {
         self.migration = hello.migration;
         self.incarnation = hello.incarnation;
         self.foreign = false;
@@ -124,16 +139,48 @@ impl DestinationSession {
         self.digest = RemainingDigest::default();
         self.hello = Some(hello);
         self.pull.reset();
-        if virgin {
-            self.begin_adopting();
-        } else if self.go(DestinationStep::Clearing) {
-            self.persist_role(Role::Idle, None);
+    }
+
+    // ---- a disk that comes back -------------------------------------------------------------------------------
+
+    /// What is here is the disk as it was when it went away: the source knows what of it has not changed. From the
+    /// record on that came before this, a restart drops all of it.
+    pub(super) fn ask_what_is_current(&mut self) {
+        if let Some(migration) = self.facts.replica.filter(|_| self.connected) {
+            self.kept = Some(Vec::new());
+            self.send(Message::Replica { migration });
         }
+    }
+
+    /// The source names chunks that are current here.
+    pub(super) fn on_keep(&mut self, entries: &[(ChunkId, Version)], last: bool) {
+        let Some(kept) = self.kept.as_mut().filter(|_| self.step == DestinationStep::Keeping) else { return };
+        kept.extend(entries.iter().filter(|(chunk, _)| self.facts.geometry.has(*chunk)));
+        if kept.len() > self.facts.geometry.chunk_count() as usize {
+            self.kept = None;
+            return self.refuse(Refusal::Protocol, "more chunks are to be kept than the volume has");
+        }
+        if last
+            && let Some(kept) = self.kept.take()
+            && self.go(DestinationStep::Pruning)
+        {
+            self.actions.push_back(DestinationAction::Prune(kept));
+        }
+    }
+
+    /// What is not current is dropped; these chunks were kept.
+    pub fn handle_pruned(&mut self, _now: Duration, kept: impl IntoIterator<Item = (ChunkId, Version)>) {
+        if self.step == DestinationStep::Pruning {
+            self.pull.restore(kept);
+            self.begin_adopting();
+        }
+        self.greet_again();
     }
 
     pub(super) fn begin_adopting(&mut self) {
         self.facts.virgin = false;
         self.facts.released = false;
+        self.facts.replica = None;
         if self.go(DestinationStep::Adopting)
             && let Some(hello) = self.hello.clone()
         {
@@ -153,6 +200,8 @@ impl DestinationSession {
                 self.actions.push_back(DestinationAction::Finished(outcome));
             }
             DestinationStep::Idle
+            | DestinationStep::Keeping
+            | DestinationStep::Pruning
             | DestinationStep::Adopting
             | DestinationStep::Receiving
             | DestinationStep::Preparing

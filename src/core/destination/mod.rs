@@ -53,6 +53,8 @@ pub struct LocalFacts {
     pub virgin: bool,
     /// This side has given the volume `volume` away: only that volume may come back, under a newer epoch.
     pub released: bool,
+    /// The migration in which it did, if all that it had is still here and durable.
+    pub replica: Option<MigrationId>,
 }
 
 /// The end of an install.
@@ -119,6 +121,9 @@ pub enum DestinationAction {
     },
     /// Drop everything that came, durably, and tell by `handle_wiped`.
     Wipe,
+    /// Drop everything but these chunks, which are as they came from the disk's owner in these versions, and tell by
+    /// `handle_pruned`.
+    Prune(Vec<(ChunkId, Version)>),
     /// The session has ended.
     Finished(Outcome),
 }
@@ -151,6 +156,8 @@ pub struct DestinationSession {
     voided: Option<Epoch>,
     /// A greeting that came while a record was being written.
     greeting: Option<Hello>,
+    /// What the source said to keep so far; `None` before it was asked on this connection.
+    kept: Option<Vec<(ChunkId, Version)>>,
     write_cache: bool,
     digest: RemainingDigest,
     start: Option<Start>,
@@ -182,6 +189,7 @@ impl DestinationSession {
             offer: None,
             voided: None,
             greeting: None,
+            kept: None,
             write_cache: true,
             digest: RemainingDigest::default(),
             start: None,
@@ -245,6 +253,8 @@ impl DestinationSession {
         match self.step {
             DestinationStep::Idle
             | DestinationStep::Clearing
+            | DestinationStep::Keeping
+            | DestinationStep::Pruning
             | DestinationStep::Adopting
             | DestinationStep::Receiving
             | DestinationStep::Preparing
@@ -279,6 +289,8 @@ impl DestinationSession {
             self.step,
             DestinationStep::Idle
                 | DestinationStep::Clearing
+                | DestinationStep::Keeping
+                | DestinationStep::Pruning
                 | DestinationStep::Adopting
                 | DestinationStep::Left
         )
@@ -349,6 +361,10 @@ impl DestinationSession {
     fn end_step(&mut self) {
         match self.step {
             // Nothing is known to be here any more, durably: now it may be dropped.
+            DestinationStep::Clearing if self.facts.released && self.facts.replica.is_some() => {
+                self.go(DestinationStep::Keeping);
+                self.ask_what_is_current();
+            }
             DestinationStep::Clearing | DestinationStep::Dropping => {
                 self.actions.push_back(DestinationAction::Wipe);
             }
@@ -374,6 +390,8 @@ impl DestinationSession {
                 self.actions.push_back(DestinationAction::Finished(Outcome::Released));
             }
             DestinationStep::Idle
+            | DestinationStep::Keeping
+            | DestinationStep::Pruning
             | DestinationStep::Receiving
             | DestinationStep::Prepared
             | DestinationStep::Active
@@ -399,6 +417,7 @@ impl DestinationSession {
         self.connected = false;
         self.welcomed = false;
         self.greeting = None;
+        self.kept = None;
         self.offer = None;
         self.pull.disconnected();
         if let Some(start) = &mut self.start {
@@ -422,6 +441,7 @@ impl DestinationSession {
             Message::Hello(hello) => self.on_hello(hello),
             Message::Ping(number) => self.send(Message::Pong(number)),
             Message::Chunk(data) => self.on_chunk(data),
+            Message::Keep { entries, last } => self.on_keep(&entries, last),
             // What comes before the handshake is over belongs to nothing.
             _ if !self.welcomed => {}
             Message::Announce { entries } => self.on_announce(&entries),
@@ -436,6 +456,7 @@ impl DestinationSession {
             Message::Cancel => self.on_cancel(),
             Message::Refuse { .. } | Message::Pong(_) => {}
             Message::Welcome(_)
+            | Message::Replica { .. }
             | Message::Have { .. }
             | Message::Ack { .. }
             | Message::Prepared { .. }
@@ -495,13 +516,14 @@ impl DestinationSession {
     /// [`Refusal::StaleEpoch`] when this side owns the disk.
     pub fn handle_cancel(&mut self, _now: Duration) -> Result<(), Refusal> {
         match self.step {
-            DestinationStep::Receiving => {
+            DestinationStep::Receiving | DestinationStep::Keeping => {
                 self.refuse(Refusal::Cancelled, "cancelled by the operator of the destination");
                 self.leave(Outcome::Cancelled, Refusal::Cancelled);
                 Ok(())
             }
             DestinationStep::Idle | DestinationStep::Left | DestinationStep::Dropping => Ok(()),
             DestinationStep::Clearing
+            | DestinationStep::Pruning
             | DestinationStep::Adopting
             | DestinationStep::Preparing
             | DestinationStep::Prepared

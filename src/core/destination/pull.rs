@@ -351,6 +351,8 @@ impl DestinationSession {
             }
             DestinationStep::Idle
             | DestinationStep::Clearing
+            | DestinationStep::Keeping
+            | DestinationStep::Pruning
             | DestinationStep::Adopting
             | DestinationStep::Completing
             | DestinationStep::Complete

@@ -22,6 +22,7 @@ fn facts() -> LocalFacts {
         epoch: Epoch(0),
         virgin: true,
         released: false,
+        replica: None,
     }
 }
 
@@ -92,6 +93,9 @@ impl Rig {
                     }
                 }
                 DestinationAction::Wipe => self.session.handle_wiped(NOW),
+                DestinationAction::Prune(ref kept) if !self.slow => {
+                    self.session.handle_pruned(NOW, kept.clone());
+                }
                 _ => {}
             }
             all.push(action);
@@ -495,4 +499,77 @@ fn an_offer_under_the_epoch_of_the_greeting_is_taken() {
     rig.remains(1, 1);
     rig.reconnect(8, 5);
     assert!(said(&rig.offer(OFFERED)).contains(&Message::Prepared { epoch: OFFERED }));
+}
+
+/// A side that has given volume 2 away and still has all of it.
+fn replica() -> Rig {
+    let volume = hello(7, 5).volume;
+    let facts = LocalFacts { volume, virgin: false, released: true, replica: Some(GIVEN), ..facts() };
+    let session = DestinationSession::idle(facts);
+    Rig { session, records: Vec::new(), slow: false, told: Standings::new(8) }
+}
+
+const GIVEN: MigrationId = MigrationId([8; 16]);
+
+fn keep(chunks: &[(u32, u64)], last: bool) -> Message {
+    let entries = chunks.iter().map(|(chunk, version)| (ChunkId(*chunk), Version(*version))).collect();
+    Message::Keep { entries, last }
+}
+
+#[test]
+fn t23_what_is_kept_of_an_older_state_is_what_the_owner_names() {
+    let mut rig = replica();
+    let actions = rig.greet(7, 5);
+    assert_eq!(said(&actions), [Message::Replica { migration: GIVEN }]);
+    let durable = |actions: &[DestinationAction], wanted: &Role| {
+        let is = |a: &DestinationAction| matches!(a, DestinationAction::Persist { record: MigrationRecord::V1 { role, .. }, .. } if role == wanted);
+        actions.iter().any(is)
+    };
+    assert!(durable(&actions, &Role::Idle), "a restart from here on drops everything");
+    assert!(rig.hear(keep(&[(1, 4)], false)).is_empty());
+    // A chunk that the volume does not have is nobody's.
+    let actions = rig.hear(keep(&[(3, 0), (99, 1)], true));
+    let kept = vec![(ChunkId(1), Version(4)), (ChunkId(3), Version(0))];
+    assert_eq!(actions[0], DestinationAction::Prune(kept.clone()));
+    assert_eq!(said(&actions).last(), Some(&Message::Have { entries: kept, last: true }));
+    assert_eq!(rig.session.step(), DestinationStep::Receiving);
+    // An older push of a kept chunk changes nothing, a newer one is taken.
+    assert!(
+        rig.hear(data(1, 4, Epoch(7), Purpose::Push))
+            .iter()
+            .all(|a| !matches!(a, DestinationAction::Install(_)))
+    );
+    assert!(matches!(rig.hear(data(1, 6, Epoch(7), Purpose::Push))[0], DestinationAction::Install(_)));
+}
+
+#[test]
+fn a_list_that_was_cut_off_keeps_nothing() {
+    let mut rig = replica();
+    rig.greet(7, 5);
+    rig.hear(keep(&[(1, 4)], false));
+    rig.session.handle_disconnected(NOW);
+    // Nobody asked on this connection yet.
+    rig.session.handle_connected(NOW);
+    assert!(rig.hear(keep(&[(2, 4)], true)).is_empty());
+    assert_eq!(rig.session.step(), DestinationStep::Keeping);
+    // Another run of the source, of which another list comes.
+    let actions = rig.hear(Message::Hello(hello(7, 6)));
+    assert_eq!(said(&actions), [Message::Replica { migration: GIVEN }]);
+    let actions = rig.hear(keep(&[], true));
+    assert_eq!(actions[0], DestinationAction::Prune(Vec::new()));
+    assert!(said(&actions).iter().any(|message| matches!(message, Message::Welcome(w) if !w.have_follows)));
+}
+
+#[test]
+fn a_side_that_gave_its_disk_away_and_lost_some_of_it_keeps_nothing() {
+    let mut rig = replica();
+    rig.session = DestinationSession::idle(LocalFacts { replica: None, ..rig.session.facts });
+    assert!(rig.greet(7, 5).contains(&DestinationAction::Wipe));
+    assert_eq!(rig.session.step(), DestinationStep::Receiving);
+    let mut rig = replica();
+    rig.greet(7, 5);
+    let far: Vec<_> = (0..9).map(|_| (1, 1)).collect();
+    assert!(said(&rig.hear(keep(&far, false))).iter().any(|m| matches!(m, Message::Refuse { .. })));
+    assert!(rig.session.handle_cancel(NOW).is_ok(), "an operator gets out of it");
+    assert!(rig.run().contains(&DestinationAction::Wipe));
 }

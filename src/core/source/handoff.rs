@@ -86,7 +86,7 @@ impl SourceSession {
         match self.step {
             SourceStep::Relinquished if epoch == self.epoch => {
                 self.go(SourceStep::Releasing);
-                self.persist(SourceStage::Released);
+                self.persist(SourceStage::Released { synced: self.synced_recorded });
             }
             SourceStep::Released => self.send(Message::Released { epoch: self.epoch }),
             SourceStep::Arming
@@ -113,8 +113,14 @@ impl SourceSession {
     /// The layer was synced, or could not be.
     pub fn handle_layer_synced(&mut self, now: Duration, ok: bool) {
         self.sync_running = false;
-        let wanted =
-            matches!(self.step, SourceStep::Offered | SourceStep::Granting | SourceStep::Relinquished);
+        let wanted = matches!(
+            self.step,
+            SourceStep::Offered
+                | SourceStep::Granting
+                | SourceStep::Relinquished
+                | SourceStep::Releasing
+                | SourceStep::Released
+        );
         if std::mem::take(&mut self.sync_stale) {
             if wanted {
                 self.sync_layer();
@@ -124,13 +130,17 @@ impl SourceSession {
         if !wanted {
             return;
         }
+        let released = matches!(self.step, SourceStep::Releasing | SourceStep::Released);
         if !ok {
-            self.retry_sync = Some(now + RETRY);
+            self.retry_sync = Some(now + RETRY).filter(|_| !released);
             return;
         }
         self.synced = true;
         if self.step == SourceStep::Relinquished {
             self.persist(SourceStage::Relinquished { synced: true });
+        } else if self.step == SourceStep::Released {
+            // Nobody waits for it any more, but the disk may come back to what is here.
+            self.persist(SourceStage::Released { synced: true });
         }
     }
 

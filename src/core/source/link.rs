@@ -5,6 +5,7 @@
 //! handshake that compares what both sides know, so that whatever the last one lost needs no repair of its own.
 
 use super::*;
+use crate::core::message::MAX_ENTRIES;
 
 impl SourceSession {
     /// Whether nothing is to be said any more: released, and the destination knows (or was asked often enough).
@@ -60,6 +61,7 @@ impl SourceSession {
     pub fn handle_message(&mut self, now: Duration, message: Message) {
         match message {
             Message::Welcome(welcome) => self.on_welcome(now, welcome),
+            Message::Replica { migration } => self.on_replica(now, migration),
             Message::Have { entries, last } => {
                 if self.link == Link::Listing {
                     self.push.confirm(&entries);
@@ -86,6 +88,7 @@ impl SourceSession {
             Message::Ping(number) => self.send(Message::Pong(number)),
             Message::Prepared { .. } | Message::Mismatch { .. } | Message::Pong(_) => {}
             Message::Hello(_)
+            | Message::Keep { .. }
             | Message::Announce { .. }
             | Message::HotBase { .. }
             | Message::Chunk(_)
@@ -97,6 +100,30 @@ impl SourceSession {
             | Message::Synced { .. }
             | Message::Released { .. }
             | Message::Cancel => self.hang_up(now),
+        }
+    }
+
+    /// The destination has an older state of this very disk: says what of it is current. It keeps that and welcomes.
+    fn on_replica(&mut self, now: Duration, migration: MigrationId) {
+        let given = matches!(
+            self.step,
+            SourceStep::Granting
+                | SourceStep::Relinquished
+                | SourceStep::Releasing
+                | SourceStep::Released
+                | SourceStep::Left
+        );
+        if self.link != Link::Greeted || given {
+            return self.hang_up(now);
+        }
+        let kept = self.push.keep(migration);
+        let lists = kept.chunks(MAX_ENTRIES).map(<[_]>::to_vec).collect::<Vec<_>>();
+        if lists.is_empty() {
+            return self.send(Message::Keep { entries: Vec::new(), last: true });
+        }
+        let last = lists.len() - 1;
+        for (index, entries) in lists.into_iter().enumerate() {
+            self.send(Message::Keep { entries, last: index == last });
         }
     }
 

@@ -10,6 +10,7 @@
 //! it is said. While a record is being written the session is in a step that ends in "ing"; what comes meanwhile is
 //! remembered in flags and looked at when the step is over.
 
+mod arm;
 mod handoff;
 mod link;
 mod push;
@@ -17,7 +18,6 @@ mod push;
 mod tests;
 
 use super::geometry::{ChunkId, Geometry};
-use super::heat::Counting;
 use super::message::{
     Body, ChunkData, Epoch, Hello, Message, MigrationId, Offer, Purpose, Refusal, RemainingDigest, Version,
     Welcome,
@@ -25,7 +25,7 @@ use super::message::{
 use super::ownership::{IllegalStep, SourceStep, check_source};
 pub use super::progress::{Outcome, Progress};
 use super::record::{MigrationRecord, Role, SourceRecord, SourceStage};
-use super::strategy::Strategy;
+pub use arm::{ArmParams, Unchanged};
 use push::Push;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -44,31 +44,6 @@ const FAREWELL: Duration = Duration::from_secs(1);
 const FAREWELLS: u32 = 16;
 /// How long after a failed sync or read it is tried again.
 const RETRY: Duration = Duration::from_secs(1);
-
-/// What a session is made with.
-#[derive(Debug, Clone)]
-pub struct ArmParams {
-    /// What the source says of itself; its epoch is the current one.
-    pub hello: Hello,
-    /// `HOST:PORT` of the destination.
-    pub destination: String,
-    /// Strategy; an unavailable one pushes nothing.
-    pub strategy: Strategy,
-    /// Push threshold.
-    pub threshold: u32,
-    /// What a write counts.
-    pub counting: Counting,
-    /// Most chunks that are being captured or are unacknowledged.
-    pub push_window: u32,
-    /// Time in which write counts halve.
-    pub half_life: Duration,
-    /// Push at once, not only when the hypervisor starts to log dirty pages.
-    pub start_now: bool,
-    /// Whether the guest's rings run now.
-    pub rings_running: bool,
-    /// The guest's write-cache mode now.
-    pub write_cache: bool,
-}
 
 /// The end of a capture.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -223,7 +198,7 @@ impl SourceSession {
             SourceStage::Pushing => (SourceStep::Pushing, false),
             SourceStage::Offered => (SourceStep::Offered, false),
             SourceStage::Relinquished { synced } => (SourceStep::Relinquished, synced),
-            SourceStage::Released => (SourceStep::Released, true),
+            SourceStage::Released { synced } => (SourceStep::Released, synced),
         };
         let mut session = Self::new(now, params, step, modified, Vec::new());
         session.epoch = epoch;
@@ -244,13 +219,13 @@ impl SourceSession {
 
     fn new(
         now: Duration,
-        params: ArmParams,
+        mut params: ArmParams,
         step: SourceStep,
         modified: impl IntoIterator<Item = ChunkId>,
         hot_base: Vec<ChunkId>,
     ) -> Self {
         let geometry = Geometry::new(params.hello.size, params.hello.chunk_size).ok();
-        let push = Push::new(geometry, &params, modified, hot_base);
+        let push = Push::new(geometry, &mut params, modified, hot_base);
         Self {
             step,
             epoch: params.hello.epoch,
@@ -309,7 +284,7 @@ impl SourceSession {
             SourceStep::Relinquished | SourceStep::Releasing => {
                 SourceStage::Relinquished { synced: self.synced_recorded }
             }
-            SourceStep::Released => SourceStage::Released,
+            SourceStep::Released => SourceStage::Released { synced: self.synced_recorded },
         }
     }
 
@@ -323,6 +298,12 @@ impl SourceSession {
     #[must_use]
     pub fn epoch(&self) -> Epoch {
         self.epoch
+    }
+
+    /// The migration.
+    #[must_use]
+    pub fn migration(&self) -> MigrationId {
+        self.params.hello.migration
     }
 
     /// Whether the peers have agreed on this migration (once is enough).
@@ -399,6 +380,9 @@ impl SourceSession {
             SourceStep::Granting => self.granted(),
             SourceStep::Releasing => {
                 self.go(SourceStep::Released);
+                if self.synced && !self.synced_recorded {
+                    self.persist(SourceStage::Released { synced: true });
+                }
                 self.send(Message::Released { epoch: self.epoch });
                 self.actions.push_back(SourceAction::Finished(Outcome::Released));
             }
@@ -409,11 +393,8 @@ impl SourceSession {
                     self.send(Message::Synced { epoch: self.epoch });
                 }
             }
-            SourceStep::Pushing
-            | SourceStep::Draining
-            | SourceStep::Offered
-            | SourceStep::Released
-            | SourceStep::Left => {}
+            SourceStep::Released => self.synced_recorded = self.synced,
+            SourceStep::Pushing | SourceStep::Draining | SourceStep::Offered | SourceStep::Left => {}
         }
     }
 

@@ -15,8 +15,8 @@ use super::{ArmParams, Capture, Link, SourceAction, SourceSession};
 use crate::core::geometry::{ChunkId, Geometry};
 use crate::core::heat::{BucketQueue, Heat};
 use crate::core::message::{
-    Announcement, Body, ChunkData, Epoch, MAX_ENTRIES, Message, Purpose, Refusal, RemainingDigest, Standing,
-    Version,
+    Announcement, Body, ChunkData, Epoch, MAX_ENTRIES, Message, MigrationId, Purpose, Refusal,
+    RemainingDigest, Standing, Version,
 };
 use crate::core::ownership::SourceStep;
 use crate::core::progress::Progress;
@@ -62,6 +62,9 @@ pub(super) struct Push {
     untold: ChunkSet,
     confirmed: ChunkSet,
     hot_base: Vec<ChunkId>,
+    /// The migration in which the disk came, and its chunks that have not been written since; `settled` has their versions.
+    came_in: Option<MigrationId>,
+    unchanged: ChunkSet,
     pushed_before: ChunkSet,
     cursor: ChunkId,
     limit: u32,
@@ -73,7 +76,7 @@ pub(super) struct Push {
 impl Push {
     pub(super) fn new(
         geometry: Option<Geometry>,
-        params: &ArmParams,
+        params: &mut ArmParams,
         modified: impl IntoIterator<Item = ChunkId>,
         hot_base: Vec<ChunkId>,
     ) -> Self {
@@ -90,6 +93,8 @@ impl Push {
             untold: ChunkSet::with_capacity(chunks),
             confirmed: ChunkSet::default(),
             hot_base,
+            came_in: params.unchanged.as_ref().map(|unchanged| unchanged.migration),
+            unchanged: ChunkSet::default(),
             pushed_before: ChunkSet::default(),
             cursor: ChunkId(0),
             limit: params.strategy.push_below(params.threshold),
@@ -100,6 +105,12 @@ impl Push {
         for chunk in modified {
             if push.view_of(chunk) == Some(View::Absent) {
                 push.make_pending(chunk);
+            }
+        }
+        for (chunk, version) in params.unchanged.take().into_iter().flat_map(|unchanged| unchanged.chunks) {
+            if push.view_of(chunk) == Some(View::Pending) {
+                push.unchanged.insert(chunk);
+                push.settled[chunk.index()] = version.0;
             }
         }
         push
@@ -140,6 +151,7 @@ impl Push {
     /// A guest write was told.
     fn wrote(&mut self, chunk: ChunkId, passes: u32, plain: u32) {
         self.heat.add(chunk, passes, plain);
+        self.unchanged.remove(chunk);
         match self.view_of(chunk) {
             Some(View::Absent | View::Clean | View::Pending) => self.make_pending(chunk),
             Some(View::Flying) => {
@@ -181,6 +193,29 @@ impl Push {
 
     pub(super) fn begin_listing(&mut self) {
         self.confirmed.clear();
+    }
+
+    /// The destination has all of the disk as it was at the end of `migration`. What is still the same counts as settled
+    /// there; a list of what the destination really keeps follows in the handshake, as after any loss of the connection.
+    pub(super) fn keep(&mut self, migration: MigrationId) -> Vec<(ChunkId, Version)> {
+        let mut kept = Vec::new();
+        if self.came_in != Some(migration) {
+            return kept;
+        }
+        for chunk in self.geometry.iter().flat_map(Geometry::chunks).filter(|c| self.unchanged.contains(*c)) {
+            // One that is on its way travels.
+            if matches!(self.view.get(chunk.index()), Some(View::Pending | View::Clean)) {
+                kept.push((chunk, Version(self.settled[chunk.index()])));
+            }
+        }
+        for (chunk, version) in &kept {
+            self.pending.remove(*chunk);
+            self.failed.remove(*chunk);
+            self.settle(*chunk, *version);
+        }
+        self.progress.kept_chunks = kept.len() as u64;
+        self.progress.kept_bytes = kept.iter().map(|(chunk, _)| self.chunk_bytes(*chunk)).sum();
+        kept
     }
 
     /// The destination has these versions: those that are current need not travel again.

@@ -5,7 +5,9 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::wildcard_enum_match_arm)]
 
 use super::*;
+use crate::core::heat::Counting;
 use crate::core::message::{Announcement, BaseIdentity, Incarnation, Standing, VolumeId};
+use crate::core::strategy::Strategy;
 
 const NOW: Duration = Duration::from_secs(10);
 
@@ -33,6 +35,7 @@ fn params(strategy: Strategy) -> ArmParams {
         start_now: true,
         rings_running: true,
         write_cache: true,
+        unchanged: None,
     }
 }
 
@@ -556,4 +559,76 @@ fn a_stop_without_a_destination_is_answered_in_time() {
     let actions = rig.run();
     assert!(actions.contains(&SourceAction::RingsStopAnswered));
     assert_eq!(offer_of(&actions).unwrap().remaining, 1);
+}
+
+/// A disk that came in migration 8, with chunks 0 to 3 as they came.
+fn came(unchanged: &[(u32, u64)]) -> Rig {
+    let chunks = unchanged.iter().map(|(chunk, version)| (ChunkId(*chunk), Version(*version))).collect();
+    let unchanged = Some(Unchanged { migration: CAME, chunks });
+    let params = ArmParams { unchanged, ..params(Strategy::Precopy) };
+    let session = SourceSession::arm(NOW, params, (0..6).map(ChunkId), Vec::new());
+    let mut rig = Rig { session, records: Vec::new(), slow: false };
+    rig.run();
+    rig.session.handle_connected(NOW);
+    rig.run();
+    rig
+}
+
+const CAME: MigrationId = MigrationId([8; 16]);
+
+#[test]
+fn t02_t23_what_was_written_since_it_came_is_not_kept() {
+    let mut rig = came(&[(0, 4), (1, 0), (2, 6), (7, 1)]);
+    rig.session.handle_wrote(NOW, ChunkId(2), 1, 1);
+    let said = rig.hear(Message::Replica { migration: CAME });
+    let entries = vec![(ChunkId(0), Version(4)), (ChunkId(1), Version(0))];
+    assert_eq!(said, [SourceAction::Send(Message::Keep { entries: entries.clone(), last: true })]);
+    assert_eq!(rig.session.progress().kept_chunks, 2);
+    // Written after the list was made; and one that the destination could not keep after all.
+    rig.session.handle_wrote(NOW, ChunkId(0), 1, 1);
+    let Message::Welcome(welcome) = welcome() else { unreachable!() };
+    rig.hear(Message::Welcome(Welcome { have_follows: true, ..welcome }));
+    let actions = rig.hear(Message::Have { entries: vec![(ChunkId(0), Version(4))], last: true });
+    let captured = |a: &SourceAction| match a {
+        SourceAction::Capture { chunk, .. } => Some(chunk.0),
+        _ => None,
+    };
+    let mut pushed: Vec<u32> = actions.iter().filter_map(captured).collect();
+    while let Some(chunk) = pushed.last().copied().filter(|_| pushed.len() < 6) {
+        let more = rig.captured(chunk, 9, true);
+        pushed.extend(more.iter().filter_map(captured));
+        let more = rig.ack(chunk, 9);
+        pushed.extend(more.iter().filter_map(captured));
+    }
+    pushed.sort_unstable();
+    assert_eq!(pushed, [0, 1, 2, 3, 4, 5], "all of them travel");
+}
+
+#[test]
+fn another_migrations_replica_is_worth_nothing() {
+    let mut rig = came(&[(0, 4)]);
+    let nothing = SourceAction::Send(Message::Keep { entries: Vec::new(), last: true });
+    assert_eq!(rig.hear(Message::Replica { migration: MigrationId([9; 16]) }), [nothing]);
+    // Only instead of a welcome.
+    rig.hear(welcome());
+    assert!(rig.hear(Message::Replica { migration: CAME }).contains(&SourceAction::Disconnect));
+}
+
+#[test]
+fn a_released_source_says_durably_whether_it_has_synced_what_it_has() {
+    for early in [true, false] {
+        let mut rig = Rig::agreed(Strategy::Postcopy, &[1]);
+        rig.hear(welcome());
+        rig.stop();
+        let epoch = rig.session.epoch();
+        if early {
+            rig.session.handle_layer_synced(NOW, true);
+        }
+        rig.hear(Message::Activate { epoch: Some(epoch) });
+        rig.hear(Message::Complete { epoch });
+        assert_eq!(rig.session.stage(), SourceStage::Released { synced: early });
+        rig.session.handle_layer_synced(NOW, true);
+        rig.run();
+        assert_eq!(rig.session.stage(), SourceStage::Released { synced: true });
+    }
 }

@@ -5,12 +5,12 @@
 //! together may be a moment apart. `Base` is not counted but what the others leave, so that untouched chunks, of which
 //! a volume has any number and gets more when it grows, need not be known here.
 
-use crate::core::chunk::ChunkState;
+use crate::core::chunk::{ALL_STATES, ChunkState};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// See the module's header.
 #[derive(Debug, Default)]
-pub(super) struct Tally([AtomicU64; 6]);
+pub(super) struct Tally([AtomicU64; ALL_STATES.len()]);
 
 impl Tally {
     fn of(&self, state: ChunkState) -> Option<&AtomicU64> {

@@ -111,6 +111,8 @@ fn any_message() -> impl Strategy<Value = Message> {
         with_epoch(),
         (refusal(), ".{0,200}").prop_map(|(reason, text)| Message::Refuse { reason, text }),
         (pairs(), any::<bool>()).prop_map(|(entries, last)| Message::Have { entries, last }),
+        (pairs(), any::<bool>()).prop_map(|(entries, last)| Message::Keep { entries, last }),
+        any::<[u8; 16]>().prop_map(|id| Message::Replica { migration: MigrationId(id) }),
         vec(chunk_id(), 0..40).prop_map(|chunks| Message::HotBase { chunks }),
         pairs().prop_map(|entries| Message::Ack { entries }),
         (epoch(), chunk_id(), any::<bool>()).prop_map(|(epoch, chunk, demand)| Message::Pull {
