@@ -195,6 +195,10 @@ impl DestinationSession {
             DestinationStep::Clearing => self.begin_adopting(),
             DestinationStep::Dropping => {
                 self.go(DestinationStep::Left);
+                // One that came while all was being dropped: nobody answers it later.
+                if self.start.is_some() {
+                    self.answer_start(false, Some(Refusal::Cancelled));
+                }
                 self.send(Message::Cancelled);
                 let outcome = self.outcome.take().unwrap_or(Outcome::Cancelled);
                 self.actions.push_back(DestinationAction::Finished(outcome));

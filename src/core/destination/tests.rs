@@ -573,3 +573,16 @@ fn a_side_that_gave_its_disk_away_and_lost_some_of_it_keeps_nothing() {
     assert!(rig.session.handle_cancel(NOW).is_ok(), "an operator gets out of it");
     assert!(rig.run().contains(&DestinationAction::Wipe));
 }
+
+#[test]
+fn a_start_that_comes_while_everything_is_dropped_is_answered() {
+    let mut rig = Rig::receiving();
+    rig.slow = true;
+    rig.session.handle_cancel(NOW).unwrap();
+    rig.run();
+    rig.session.handle_start_requested(NOW, true);
+    assert!(rig.run().is_empty());
+    rig.durable();
+    let answered = DestinationAction::StartAnswered { allowed: false, reason: Some(Refusal::Cancelled) };
+    assert!(rig.run().contains(&answered));
+}
