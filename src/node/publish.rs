@@ -30,15 +30,19 @@ impl Node {
         let state = self.migration_state();
         self.shown = Some((self.standing(), state));
         let stage = stage_name(self.standing());
-        let (progress, connected) = match &self.role {
-            RoleDriver::Source(source) => (Some(source.session.progress()), source.link.is_some()),
-            RoleDriver::Destination(destination) => {
-                (Some(destination.session.progress()), destination.link.is_some())
+        let (progress, connected, prepared) = match &self.role {
+            RoleDriver::Source(source) => {
+                (Some(source.session.progress()), source.link.is_some(), source.session.prepared())
             }
-            RoleDriver::Serving | RoleDriver::Idle => (None, false),
+            RoleDriver::Destination(destination) => {
+                let connected = destination.link.is_some();
+                let prepared = connected && self.standing() == Standing::Prepared;
+                (Some(destination.session.progress()), connected, prepared)
+            }
+            RoleDriver::Serving | RoleDriver::Idle => (None, false, false),
         };
         if let Some(progress) = progress {
-            self.report.update(state, stage, connected, &progress);
+            self.report.update(state, stage, (connected, prepared), &progress);
         }
         self.report.wire(self.link_bytes());
         let times = self.frontend.hold_times();

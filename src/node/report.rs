@@ -151,13 +151,14 @@ impl Report {
         &mut self,
         state: MigrationState,
         stage: &str,
-        connected: bool,
+        (connected, prepared): (bool, bool),
         progress: &Progress,
     ) {
         if !self.running() {
             return;
         }
         let status = &mut self.status;
+        status.prepared = prepared;
         status.state = state;
         stage.clone_into(&mut status.stage);
         status.connected = connected;

@@ -113,6 +113,10 @@ pub struct MigrationStatus {
     pub peer: String,
     /// Whether the peer is connected now.
     pub connected: bool,
+    /// Whether the disk is offered and the destination, which is connected, holds the offer durably: only the start of
+    /// the VM there is missing. Absent from daemons of before.
+    #[serde(default)]
+    pub prepared: bool,
     /// Ownership stage, in the words of docs/ARCHITECTURE.md (`pushing`, `offered`, ..).
     pub stage: String,
     /// Epoch.

@@ -7,6 +7,13 @@
 use super::*;
 
 impl SourceSession {
+    /// Whether the destination holds the present offer durably and is connected: nothing but its rings' start is
+    /// missing. Who moves several disks of one VM waits for this at each before any of them can be granted (T20).
+    #[must_use]
+    pub fn prepared(&self) -> bool {
+        self.step == SourceStep::Offered && self.prepared == Some(self.epoch)
+    }
+
     pub(super) fn reclaim(&mut self, _now: Duration) {
         if self.go(SourceStep::Reclaiming) {
             self.epoch = self.epoch.next();

@@ -37,6 +37,7 @@ impl SourceSession {
     pub fn handle_disconnected(&mut self, now: Duration) {
         self.link = Link::Down;
         self.welcome = None;
+        self.prepared = None;
         self.push.disconnected();
         if self.step == SourceStep::Left {
             return self.finish();
@@ -75,7 +76,10 @@ impl SourceSession {
                     self.push.acknowledged(chunk, version);
                 }
             }
-            Message::Prepared { epoch } if epoch == self.epoch => self.answer_stop(),
+            Message::Prepared { epoch } if epoch == self.epoch => {
+                self.prepared = Some(epoch);
+                self.answer_stop();
+            }
             // What counts as settled here is not there. The lists of a new handshake find out what is.
             Message::Mismatch { epoch } if epoch == self.epoch && self.step == SourceStep::Offered => {
                 self.hang_up(now);

@@ -505,6 +505,26 @@ fn t21_a_destination_that_missed_the_reclaim_is_told_on_reconnection() {
 }
 
 #[test]
+fn t20_prepared_is_what_the_destination_said_of_this_offer_on_this_connection() {
+    let mut rig = Rig::agreed(Strategy::Postcopy, &[1]);
+    rig.hear(welcome());
+    let epoch = offer_of(&rig.stop()).unwrap().epoch;
+    assert!(!rig.session.prepared());
+    rig.hear(Message::Prepared { epoch: Epoch(epoch.0 - 1) });
+    assert!(!rig.session.prepared(), "an answer to an older offer");
+    rig.hear(Message::Prepared { epoch });
+    assert!(rig.session.prepared());
+    rig.session.handle_disconnected(NOW);
+    assert!(!rig.session.prepared(), "nobody knows what became of it");
+    rig.session.handle_connected(NOW);
+    rig.hear(welcome());
+    rig.hear(Message::Prepared { epoch });
+    assert!(rig.session.prepared());
+    rig.start();
+    assert!(!rig.session.prepared(), "the disk was taken back");
+}
+
+#[test]
 fn t22_a_late_failure_needs_nobody_to_take_the_disk_back() {
     let mut rig = Rig::agreed(Strategy::Postcopy, &[1]);
     rig.hear(welcome());
