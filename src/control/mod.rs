@@ -7,7 +7,7 @@
 //! starts [`api::serve`] with the [`NodeHandle`](crate::node::status::NodeHandle) that the node gives out.
 //!
 //! Server: [`socket`] (a place to listen), [`api`] (routes), [`events`] (server-sent events), [`metrics`], [`openapi`].
-//! Client: [`client`] (typed calls), [`qmp`] (QEMU), [`follow`] (a migration from its request to its end), [`cli`].
+//! Client: [`client`] (typed calls), [`qmp`] (QEMU), [`follow`] (the migration of a VM's disks from its request to its end), [`cli`].
 //! [`daemon_args`] is the command line of `blkferryd`.
 
 pub mod api;

@@ -26,6 +26,8 @@ const MAX_LINE: usize = 4 << 20;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the greeting may take: a second client of the same monitor socket waits for ever for its own.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+/// The capability to wait with the VM stopped.
+const PAUSE: &str = "pause-before-switchover";
 
 /// Why QEMU could not be asked.
 #[derive(Debug, Error)]
@@ -89,6 +91,14 @@ pub struct VmStatus {
     pub downtime_ms: Option<u64>,
     /// Milliseconds in all.
     pub total_ms: Option<u64>,
+}
+
+impl VmStatus {
+    /// Whether the VM has stopped and QEMU waits for migrate-continue.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.word == "pre-switchover"
+    }
 }
 
 #[derive(Debug, Deserialize, Default)]
@@ -175,6 +185,35 @@ impl Qmp {
     /// [`QmpError`]
     pub async fn migrate_cancel(&mut self) -> Result<(), QmpError> {
         self.execute("migrate_cancel", None).await.map(drop)
+    }
+
+    /// Whether QEMU waits for [`Self::migrate_continue`] once the VM has stopped.
+    ///
+    /// # Errors
+    /// [`QmpError`]
+    pub async fn pauses_before_switchover(&mut self) -> Result<bool, QmpError> {
+        let answer = self.execute("query-migrate-capabilities", None).await?;
+        let all = answer
+            .as_array()
+            .ok_or_else(|| QmpError::Protocol("query-migrate-capabilities without a list".to_owned()))?;
+        Ok(all.iter().any(|one| one["capability"] == PAUSE && one["state"] == true))
+    }
+
+    /// Sets whether QEMU waits so (capability pause-before-switchover, QEMU 2.11); not while it migrates.
+    ///
+    /// # Errors
+    /// [`QmpError`]
+    pub async fn pause_before_switchover(&mut self, on: bool) -> Result<(), QmpError> {
+        let capabilities = json!({ "capabilities": [{ "capability": PAUSE, "state": on }] });
+        self.execute("migrate-set-capabilities", Some(capabilities)).await.map(drop)
+    }
+
+    /// Lets a QEMU that waits finish its migration.
+    ///
+    /// # Errors
+    /// [`QmpError`]; [`QmpError::Refused`] if it does not wait.
+    pub async fn migrate_continue(&mut self) -> Result<(), QmpError> {
+        self.execute("migrate-continue", Some(json!({ "state": "pre-switchover" }))).await.map(drop)
     }
 
     /// How the migration stands.

@@ -3,8 +3,7 @@
 
 use crate::node::{Node, until};
 use crate::qemu::Qemu;
-use blkferry::control::client::Client;
-use blkferry::control::follow::{FollowError, Hypervisor, Observer, Outcome, Plan, run};
+use blkferry::control::follow::{DiskPlan, FollowError, Hypervisor, Observer, Outcome, Plan, run};
 use blkferry::control::qmp::VmStatus;
 use blkferry::node::status::{
     Denied, MigrationRequest, MigrationState, MigrationStatus, StartMode, StrategyName,
@@ -12,14 +11,14 @@ use blkferry::node::status::{
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-struct Silent;
+pub(crate) struct Silent;
 
 impl Observer for Silent {
-    fn progress(&mut self, _: &MigrationStatus, _: Option<&VmStatus>) {}
+    fn progress(&mut self, _: &[&MigrationStatus], _: Option<&VmStatus>) {}
     fn note(&mut self, _: &str) {}
 }
 
-fn request() -> MigrationRequest {
+pub(crate) fn request() -> MigrationRequest {
     MigrationRequest {
         destination_url: "h:1".to_owned(),
         strategy: StrategyName::Hybrid,
@@ -30,21 +29,23 @@ fn request() -> MigrationRequest {
     }
 }
 
-fn with_vm(qemu: &Qemu) -> Plan {
+fn alone(node: &Node) -> Plan {
+    Plan { disks: vec![DiskPlan { client: node.client(), request: request() }], hypervisor: None }
+}
+
+fn with_vm(node: &Node, qemu: &Qemu) -> Plan {
     let hypervisor = Hypervisor { qmp: qemu.path.clone(), uri: "tcp:h:2".to_owned() };
-    Plan { request: request(), hypervisor: Some(hypervisor) }
+    Plan { hypervisor: Some(hypervisor), ..alone(node) }
 }
 
 /// Follows a plan while `script` plays the others; `interrupt` is the operator's Ctrl-C.
 async fn play<S: Future<Output = ()>>(
-    node: &Node,
     plan: Plan,
     script: impl FnOnce(mpsc::UnboundedSender<()>) -> S,
 ) -> Result<Outcome, FollowError> {
-    let client: Client = node.client();
     let (interrupt, interrupts) = mpsc::unbounded_channel();
     let mut observer = Silent;
-    let (outcome, ()) = tokio::join!(run(&client, plan, &mut observer, interrupts), script(interrupt));
+    let (outcome, ()) = tokio::join!(run(plan, &mut observer, interrupts), script(interrupt));
     outcome
 }
 
@@ -69,7 +70,7 @@ fn assert_failed(outcome: &Outcome, words: &str) {
 #[tokio::test]
 async fn qemu_begins_when_the_peers_have_agreed_and_both_complete() {
     let (node, qemu) = pair();
-    let outcome = play(&node, with_vm(&qemu), |_| async {
+    let outcome = play(with_vm(&node, &qemu), |_| async {
         node.armed().await;
         tokio::time::sleep(Duration::from_millis(200)).await;
         assert!(!qemu.asked("migrate"), "QEMU was started before the peers agreed");
@@ -83,7 +84,7 @@ async fn qemu_begins_when_the_peers_have_agreed_and_both_complete() {
     .await
     .unwrap();
     assert_eq!(outcome.failure, None);
-    assert_eq!(outcome.disk.state, MigrationState::Completed);
+    assert_eq!(outcome.disks[0].status.state, MigrationState::Completed);
     assert_eq!(outcome.vm.unwrap().downtime_ms, Some(11));
     assert_eq!(node.script.lock().cancels, 0);
 }
@@ -91,9 +92,9 @@ async fn qemu_begins_when_the_peers_have_agreed_and_both_complete() {
 #[tokio::test]
 async fn with_hypervisor_qemu_begins_once_the_peer_is_connected() {
     let (node, qemu) = pair();
-    let mut plan = with_vm(&qemu);
-    plan.request.start = StartMode::WithHypervisor;
-    let outcome = play(&node, plan, |_| async {
+    let mut plan = with_vm(&node, &qemu);
+    plan.disks[0].request.start = StartMode::WithHypervisor;
+    let outcome = play(plan, |_| async {
         node.armed().await;
         node.set(|snapshot| snapshot.migration.connected = true);
         until(|| qemu.asked("migrate")).await;
@@ -109,8 +110,8 @@ async fn with_hypervisor_qemu_begins_once_the_peer_is_connected() {
 async fn without_a_monitor_nothing_is_armed() {
     let node = Node::start();
     let hypervisor = Hypervisor { qmp: node.path("nothing-here"), uri: "tcp:h:2".to_owned() };
-    let plan = Plan { request: request(), hypervisor: Some(hypervisor) };
-    let error = play(&node, plan, |_| async {}).await.unwrap_err();
+    let plan = Plan { hypervisor: Some(hypervisor), ..alone(&node) };
+    let error = play(plan, |_| async {}).await.unwrap_err();
     assert_eq!(error.code(), "qmp");
     assert!(node.script.lock().requests.is_empty());
 }
@@ -119,7 +120,7 @@ async fn without_a_monitor_nothing_is_armed() {
 async fn a_vm_that_migrates_already_is_left_alone() {
     let (node, qemu) = pair();
     qemu.set("active", "running");
-    let error = play(&node, with_vm(&qemu), |_| async {}).await.unwrap_err();
+    let error = play(with_vm(&node, &qemu), |_| async {}).await.unwrap_err();
     assert_eq!(error.code(), "busy");
     assert!(node.script.lock().requests.is_empty());
 }
@@ -128,7 +129,7 @@ async fn a_vm_that_migrates_already_is_left_alone() {
 async fn a_refusal_of_the_daemon_leaves_qemu_alone() {
     let (node, qemu) = pair();
     node.script.lock().deny_migrate = Some(Denied::new("internal", "nobody there"));
-    let error = play(&node, with_vm(&qemu), |_| async {}).await.unwrap_err();
+    let error = play(with_vm(&node, &qemu), |_| async {}).await.unwrap_err();
     assert_eq!(error.code(), "internal");
     assert!(!qemu.asked("migrate"));
 }
@@ -136,7 +137,7 @@ async fn a_refusal_of_the_daemon_leaves_qemu_alone() {
 #[tokio::test]
 async fn a_disk_that_fails_before_the_agreement_leaves_qemu_alone() {
     let (node, qemu) = pair();
-    let outcome = play(&node, with_vm(&qemu), |_| async {
+    let outcome = play(with_vm(&node, &qemu), |_| async {
         node.armed().await;
         node.set(|snapshot| {
             snapshot.migration.message = "sizes differ".to_owned();
@@ -153,14 +154,14 @@ async fn a_disk_that_fails_before_the_agreement_leaves_qemu_alone() {
 async fn a_refusal_of_qemu_cancels_the_disk() {
     let (node, qemu) = pair();
     qemu.script.lock().refuse_migrate = Some("blocked".to_owned());
-    let outcome = play(&node, with_vm(&qemu), |_| async {
+    let outcome = play(with_vm(&node, &qemu), |_| async {
         node.armed().await;
         node.state(MigrationState::Active);
     })
     .await
     .unwrap();
     assert_failed(&outcome, "blocked");
-    assert_eq!((outcome.disk.state, node.script.lock().cancels), (MigrationState::Cancelled, 1));
+    assert_eq!((outcome.disks[0].status.state, node.script.lock().cancels), (MigrationState::Cancelled, 1));
 }
 
 #[tokio::test]
@@ -171,7 +172,7 @@ async fn a_failure_of_qemu_cancels_the_disk() {
         ("failed", MigrationState::PreSwitchover),
     ] {
         let (node, qemu) = pair();
-        let outcome = play(&node, with_vm(&qemu), |_| async {
+        let outcome = play(with_vm(&node, &qemu), |_| async {
             under_way(&node, &qemu).await;
             node.state(state);
             qemu.script.lock().error = Some("link down".to_owned());
@@ -180,7 +181,10 @@ async fn a_failure_of_qemu_cancels_the_disk() {
         .await
         .unwrap();
         assert_failed(&outcome, "link down");
-        assert_eq!((outcome.disk.state, node.script.lock().cancels), (MigrationState::Cancelled, 1));
+        assert_eq!(
+            (outcome.disks[0].status.state, node.script.lock().cancels),
+            (MigrationState::Cancelled, 1)
+        );
     }
 }
 
@@ -188,7 +192,7 @@ async fn a_failure_of_qemu_cancels_the_disk() {
 async fn a_failure_of_qemu_after_the_handover_is_reported_and_the_disk_left() {
     let (node, qemu) = pair();
     node.script.lock().deny_cancel = Some(Denied::new("handed-over", "the destination owns the disk"));
-    let outcome = play(&node, with_vm(&qemu), |_| async {
+    let outcome = play(with_vm(&node, &qemu), |_| async {
         under_way(&node, &qemu).await;
         node.state(MigrationState::PostcopyActive);
         qemu.set("failed", "paused");
@@ -196,14 +200,14 @@ async fn a_failure_of_qemu_after_the_handover_is_reported_and_the_disk_left() {
     .await
     .unwrap();
     assert_failed(&outcome, "QEMU's migration did not complete (failed)");
-    assert_eq!((outcome.disk.state, node.script.lock().cancels), (MigrationState::PostcopyActive, 1));
+    assert_eq!(outcome.disks[0].status.state, MigrationState::PostcopyActive);
 }
 
 #[tokio::test]
 async fn a_disk_that_is_being_offered_is_cancelled_when_it_has_come_back() {
     let (node, qemu) = pair();
     node.script.lock().deny_cancel = Some(Denied::new("busy", "the disk is offered"));
-    let outcome = play(&node, with_vm(&qemu), |_| async {
+    let outcome = play(with_vm(&node, &qemu), |_| async {
         under_way(&node, &qemu).await;
         node.state(MigrationState::PreSwitchover);
         qemu.set("failed", "running");
@@ -214,13 +218,13 @@ async fn a_disk_that_is_being_offered_is_cancelled_when_it_has_come_back() {
     .await
     .unwrap();
     assert_failed(&outcome, "QEMU's migration did not complete (failed)");
-    assert_eq!((outcome.disk.state, node.script.lock().cancels), (MigrationState::Cancelled, 2));
+    assert_eq!((outcome.disks[0].status.state, node.script.lock().cancels), (MigrationState::Cancelled, 2));
 }
 
 #[tokio::test]
 async fn a_failure_of_qemu_is_no_success_even_if_the_disk_completed() {
     let (node, qemu) = pair();
-    let outcome = play(&node, with_vm(&qemu), |_| async {
+    let outcome = play(with_vm(&node, &qemu), |_| async {
         under_way(&node, &qemu).await;
         qemu.set("failed", "paused");
         node.state(MigrationState::Completed);
@@ -233,7 +237,7 @@ async fn a_failure_of_qemu_is_no_success_even_if_the_disk_completed() {
 #[tokio::test]
 async fn a_failure_of_the_disk_cancels_qemu() {
     let (node, qemu) = pair();
-    let outcome = play(&node, with_vm(&qemu), |_| async {
+    let outcome = play(with_vm(&node, &qemu), |_| async {
         under_way(&node, &qemu).await;
         node.set(|snapshot| {
             snapshot.migration.message = "no space".to_owned();
@@ -251,20 +255,20 @@ async fn a_failure_of_the_disk_cancels_qemu() {
 #[tokio::test]
 async fn a_monitor_that_vanishes_before_the_switchover_cancels_the_disk() {
     let (node, qemu) = pair();
-    let outcome = play(&node, with_vm(&qemu), |_| async {
+    let outcome = play(with_vm(&node, &qemu), |_| async {
         under_way(&node, &qemu).await;
         qemu.vanish();
     })
     .await
     .unwrap();
     assert_failed(&outcome, "monitor went away");
-    assert_eq!((outcome.disk.state, node.script.lock().cancels), (MigrationState::Cancelled, 1));
+    assert_eq!((outcome.disks[0].status.state, node.script.lock().cancels), (MigrationState::Cancelled, 1));
 }
 
 #[tokio::test]
 async fn a_monitor_that_vanishes_in_the_switchover_is_no_reason_to_cancel() {
     let (node, qemu) = pair();
-    let outcome = play(&node, with_vm(&qemu), |_| async {
+    let outcome = play(with_vm(&node, &qemu), |_| async {
         under_way(&node, &qemu).await;
         node.state(MigrationState::PreSwitchover);
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -281,7 +285,7 @@ async fn a_monitor_that_vanishes_in_the_switchover_is_no_reason_to_cancel() {
 #[tokio::test]
 async fn a_vm_that_is_resumed_at_the_source_takes_its_disk_back() {
     let (node, qemu) = pair();
-    let outcome = play(&node, with_vm(&qemu), |_| async {
+    let outcome = play(with_vm(&node, &qemu), |_| async {
         under_way(&node, &qemu).await;
         node.state(MigrationState::PreSwitchover);
         qemu.set("completed", "postmigrate");
@@ -292,7 +296,7 @@ async fn a_vm_that_is_resumed_at_the_source_takes_its_disk_back() {
     .await
     .unwrap();
     assert_failed(&outcome, "resumed at the source");
-    assert_eq!((outcome.disk.state, node.script.lock().cancels), (MigrationState::Cancelled, 1));
+    assert_eq!((outcome.disks[0].status.state, node.script.lock().cancels), (MigrationState::Cancelled, 1));
 }
 
 #[tokio::test]
@@ -300,7 +304,7 @@ async fn an_interrupt_cancels_qemu_and_then_the_disk() {
     let (node, qemu) = &pair();
     // While QEMU is still cancelling, the disk must wait.
     "cancelling".clone_into(&mut qemu.script.lock().cancel_gives);
-    let outcome = play(node, with_vm(qemu), |interrupt| async move {
+    let outcome = play(with_vm(node, qemu), |interrupt| async move {
         under_way(node, qemu).await;
         interrupt.send(()).unwrap();
         until(|| qemu.asked("migrate_cancel")).await;
@@ -311,14 +315,14 @@ async fn an_interrupt_cancels_qemu_and_then_the_disk() {
     .await
     .unwrap();
     assert_failed(&outcome, "cancelled by the operator");
-    assert_eq!((outcome.disk.state, node.script.lock().cancels), (MigrationState::Cancelled, 1));
+    assert_eq!((outcome.disks[0].status.state, node.script.lock().cancels), (MigrationState::Cancelled, 1));
 }
 
 #[tokio::test]
 async fn an_interrupt_that_comes_too_late_lets_the_disk_follow_the_vm() {
     let (node, qemu) = &pair();
     "completed".clone_into(&mut qemu.script.lock().cancel_gives);
-    let outcome = play(node, with_vm(qemu), |interrupt| async move {
+    let outcome = play(with_vm(node, qemu), |interrupt| async move {
         under_way(node, qemu).await;
         interrupt.send(()).unwrap();
         until(|| qemu.asked("migrate_cancel")).await;
@@ -335,7 +339,7 @@ async fn an_interrupt_that_comes_too_late_lets_the_disk_follow_the_vm() {
 #[tokio::test]
 async fn an_interrupt_before_the_agreement_starts_nothing_at_qemu() {
     let (node, qemu) = &pair();
-    let outcome = play(node, with_vm(qemu), |interrupt| async move {
+    let outcome = play(with_vm(node, qemu), |interrupt| async move {
         node.armed().await;
         interrupt.send(()).unwrap();
     })
@@ -343,7 +347,7 @@ async fn an_interrupt_before_the_agreement_starts_nothing_at_qemu() {
     .unwrap();
     assert_failed(&outcome, "cancelled by the operator");
     assert!(!qemu.asked("migrate"));
-    assert_eq!(outcome.disk.state, MigrationState::Cancelled);
+    assert_eq!(outcome.disks[0].status.state, MigrationState::Cancelled);
 }
 
 #[tokio::test]
@@ -354,15 +358,15 @@ async fn without_a_vm_the_disk_is_followed_alone() {
         (MigrationState::Cancelled, false),
     ] {
         let node = &Node::start();
-        let plan = Plan { request: request(), hypervisor: None };
-        let outcome = play(node, plan, |_| async move {
+        let plan = alone(node);
+        let outcome = play(plan, |_| async move {
             node.armed().await;
             node.state(MigrationState::Active);
             node.state(state);
         })
         .await
         .unwrap();
-        assert_eq!((outcome.disk.state, outcome.failure.is_none()), (state, good));
+        assert_eq!((outcome.disks[0].status.state, outcome.failure.is_none()), (state, good));
     }
 }
 
@@ -370,8 +374,8 @@ async fn without_a_vm_the_disk_is_followed_alone() {
 async fn without_a_vm_a_denied_interrupt_changes_nothing() {
     let node = &Node::start();
     node.script.lock().deny_cancel = Some(Denied::new("handed-over", "the destination owns the disk"));
-    let plan = Plan { request: request(), hypervisor: None };
-    let outcome = play(node, plan, |interrupt| async move {
+    let plan = alone(node);
+    let outcome = play(plan, |interrupt| async move {
         node.armed().await;
         node.state(MigrationState::PostcopyActive);
         interrupt.send(()).unwrap();
@@ -391,23 +395,25 @@ async fn the_end_of_an_earlier_migration_is_not_taken_for_this_ones() {
         snapshot.migration.state = MigrationState::Completed;
     });
     node.script.lock().publish_late = true;
-    let plan = Plan { request: request(), hypervisor: None };
-    let outcome = play(node, plan, |_| async move {
+    let plan = alone(node);
+    let outcome = play(plan, |_| async move {
         until(|| node.now() == MigrationState::Setup).await;
         node.state(MigrationState::Failed);
     })
     .await
     .unwrap();
-    assert_eq!((outcome.disk.id.as_str(), outcome.disk.state), ("earlier+", MigrationState::Failed));
+    assert_eq!(
+        (outcome.disks[0].status.id.as_str(), outcome.disks[0].status.state),
+        ("earlier+", MigrationState::Failed)
+    );
 }
 
 #[tokio::test]
 async fn a_restart_of_the_daemon_is_survived() {
     let mut node = Node::start();
-    let client = node.client();
     let (_interrupt, interrupts) = mpsc::unbounded_channel();
-    let plan = Plan { request: request(), hypervisor: None };
-    let following = tokio::spawn(async move { run(&client, plan, &mut Silent, interrupts).await });
+    let plan = alone(&node);
+    let following = tokio::spawn(async move { run(plan, &mut Silent, interrupts).await });
     node.armed().await;
     node.state(MigrationState::Active);
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -416,14 +422,14 @@ async fn a_restart_of_the_daemon_is_survived() {
     node.serve();
     node.state(MigrationState::Completed);
     let outcome = following.await.unwrap().unwrap();
-    assert_eq!((outcome.failure, outcome.disk.state), (None, MigrationState::Completed));
+    assert_eq!((outcome.failure, outcome.disks[0].status.state), (None, MigrationState::Completed));
 }
 
 #[tokio::test]
 async fn a_daemon_that_forgot_the_migration_is_a_failure() {
     let node = &Node::start();
-    let plan = Plan { request: request(), hypervisor: None };
-    let outcome = play(node, plan, |_| async move {
+    let plan = alone(node);
+    let outcome = play(plan, |_| async move {
         node.armed().await;
         node.state(MigrationState::Active);
         tokio::time::sleep(Duration::from_millis(200)).await;

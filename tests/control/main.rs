@@ -8,6 +8,7 @@
 
 mod api;
 mod cli;
+mod disks;
 mod follow;
 mod node;
 mod qemu;

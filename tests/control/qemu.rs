@@ -18,6 +18,8 @@ pub(crate) struct Script {
     pub(crate) error: Option<String>,
     pub(crate) run_state: String,
     pub(crate) refuse_migrate: Option<String>,
+    /// Capability pause-before-switchover, as the client has set it.
+    pub(crate) pauses: bool,
     /// What a migrate_cancel leads to.
     pub(crate) cancel_gives: String,
     pub(crate) uri: String,
@@ -38,6 +40,7 @@ impl Qemu {
             error: None,
             run_state: "running".to_owned(),
             refuse_migrate: None,
+            pauses: false,
             cancel_gives: "cancelled".to_owned(),
             uri: String::new(),
         }));
@@ -125,7 +128,24 @@ fn answer(script: &mut Script, command: &str, arguments: &Value) -> (Result<Valu
         script.commands.push(command.to_owned());
     }
     match command {
-        "qmp_capabilities" | "migrate-set-capabilities" => (Ok(json!({})), None),
+        "qmp_capabilities" => (Ok(json!({})), None),
+        "migrate-set-capabilities" => {
+            for one in arguments["capabilities"].as_array().unwrap() {
+                if one["capability"] == "pause-before-switchover" {
+                    script.pauses = one["state"].as_bool().unwrap();
+                }
+            }
+            (Ok(json!({})), None)
+        }
+        "query-migrate-capabilities" => {
+            let one = |name: &str, state: bool| json!({ "capability": name, "state": state });
+            (Ok(json!([one("events", true), one("pause-before-switchover", script.pauses)])), None)
+        }
+        "migrate-continue" if script.status == "pre-switchover" && arguments["state"] == "pre-switchover" => {
+            "device".clone_into(&mut script.status);
+            (Ok(json!({})), event("device"))
+        }
+        "migrate-continue" => (Err("Migration not in expected state".to_owned()), None),
         "migrate" => match script.refuse_migrate.clone() {
             Some(text) => (Err(text), None),
             None => {

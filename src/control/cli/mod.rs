@@ -7,18 +7,21 @@
 pub mod args;
 pub mod progress;
 pub mod render;
+mod several;
 pub mod summary;
+pub mod total;
 
 use crate::control::client::{Change, Client, ClientError};
-use crate::control::follow::{self, FollowError};
-use crate::node::status::Snapshot;
+use crate::control::follow::{self, DiskPlan, FollowError};
+use crate::node::status::{MigrationStatus, Snapshot};
 use args::{Args, Migrate, Verb};
 use progress::Progress;
 use serde::Serialize;
 use serde_json::json;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use summary::Summary;
+use summary::{SetSummary, Summary};
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -55,16 +58,11 @@ impl CliError {
 
 /// Does what was asked and tells how it went.
 pub async fn run(args: Args) -> ExitCode {
-    let client = Client::new(args.socket());
     let json = args.json;
     let done = match args.verb {
-        Verb::Status => status(&client, json).await,
-        Verb::Migrate(migrate) if migrate.no_wait => arm(&client, migrate, json).await,
-        Verb::Migrate(migrate) => move_disk(&client, migrate, json).await,
-        Verb::Cancel => cancel(&client, json).await,
-        Verb::Resize { size } => resize(&client, size, json).await,
-        Verb::Watch => watch(&client, json).await,
-        Verb::Metrics => metrics(&client, json).await,
+        Verb::Migrate(migrate) if migrate.no_wait => arm(*migrate, json).await,
+        Verb::Migrate(migrate) => move_disks(*migrate, json).await,
+        verb => ask(args.sockets, verb, json).await,
     };
     match done {
         Ok(code) => code,
@@ -78,6 +76,22 @@ pub async fn run(args: Args) -> ExitCode {
             let _ = writeln!(io::stderr(), "error: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Asks the daemon, or each of several.
+async fn ask(sockets: Vec<PathBuf>, verb: Verb, json: bool) -> Result<ExitCode, CliError> {
+    let clients: Vec<Client> = sockets.into_iter().map(Client::new).collect();
+    match (verb, clients.as_slice()) {
+        (Verb::Status, [client]) => status(client, json).await,
+        (Verb::Status, clients) => several::status(clients, json).await,
+        (Verb::Cancel, [client]) => cancel(client, json).await,
+        (Verb::Cancel, clients) => several::cancel(clients, json).await,
+        (Verb::Resize(size), [client, ..]) => resize(client, size, json).await,
+        (Verb::Watch, [client, ..]) => watch(client, json).await,
+        (Verb::Metrics, [client, ..]) => metrics(client, json).await,
+        // `args` lets none of these through.
+        (Verb::Resize(_) | Verb::Watch | Verb::Metrics | Verb::Migrate(_), _) => Ok(ExitCode::FAILURE),
     }
 }
 
@@ -102,23 +116,26 @@ async fn status(client: &Client, json: bool) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn arm(client: &Client, migrate: Migrate, json: bool) -> Result<ExitCode, CliError> {
-    let status = client.migrate(&migrate.plan().request).await?;
-    if json {
-        print_json(&status)?;
+async fn arm(migrate: Migrate, json: bool) -> Result<ExitCode, CliError> {
+    let plan = migrate.plan();
+    let sockets: Vec<PathBuf> = plan.disks.iter().map(|disk| disk.client.path().to_owned()).collect();
+    let armed = follow::arm(plan.disks).await?;
+    if let [status] = armed.as_slice() {
+        tell_migration(status, json)?;
     } else {
-        print(&render::migration(&status))?;
+        for (socket, status) in sockets.iter().zip(&armed) {
+            several::tell_migration(socket, status, json)?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
 
+fn tell_migration(status: &MigrationStatus, json: bool) -> Result<(), CliError> {
+    if json { print_json(status) } else { print(&render::migration(status)) }
+}
+
 async fn cancel(client: &Client, json: bool) -> Result<ExitCode, CliError> {
-    let status = client.cancel().await?;
-    if json {
-        print_json(&status)?;
-    } else {
-        print(&render::migration(&status))?;
-    }
+    tell_migration(&client.cancel().await?, json)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -132,16 +149,19 @@ async fn resize(client: &Client, size: u64, json: bool) -> Result<ExitCode, CliE
     Ok(ExitCode::SUCCESS)
 }
 
-async fn move_disk(client: &Client, migrate: Migrate, json: bool) -> Result<ExitCode, CliError> {
-    let mut progress = Progress::new();
-    let outcome = follow::run(client, migrate.plan(), &mut progress, interrupts()?).await;
+async fn move_disks(migrate: Migrate, json: bool) -> Result<ExitCode, CliError> {
+    let plan = migrate.plan();
+    let several = plan.disks.len() > 1;
+    let name = |disk: &DiskPlan| disk.client.path().display().to_string();
+    let mut progress = Progress::new(plan.disks.iter().filter(|_| several).map(name).collect());
+    let outcome = follow::run(plan, &mut progress, interrupts()?).await;
     progress.finish();
     let outcome = outcome?;
-    let summary = Summary::new(&outcome);
-    if json {
-        print_json(&summary)?;
-    } else {
-        print(&render::summary(&summary))?;
+    match (several, json) {
+        (false, true) => print_json(&Summary::new(&outcome))?,
+        (false, false) => print(&render::summary(&Summary::new(&outcome)))?,
+        (true, true) => print_json(&SetSummary::new(&outcome))?,
+        (true, false) => print(&render::set_summary(&SetSummary::new(&outcome)))?,
     }
     match &outcome.failure {
         None => Ok(ExitCode::SUCCESS),

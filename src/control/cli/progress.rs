@@ -3,13 +3,15 @@
 //!
 //! The bar measures what the destination lacks, not what was sent: a guest that writes faster than the link makes it go
 //! back, and that is what the operator must see. The estimate divides by the rate of the last few seconds.
+//! Several disks have a bar for all and one for each below it.
 
+use super::total::total;
 use crate::control::follow::Observer;
 use crate::control::qmp::VmStatus;
 use crate::control::size::{human, human_time};
 use crate::control::words::state_word;
 use crate::node::status::{MigrationState, MigrationStatus};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::collections::VecDeque;
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -26,72 +28,100 @@ const PLAIN: Duration = Duration::from_secs(2);
 /// Shows a migration's progress.
 #[derive(Debug)]
 pub struct Progress {
-    bar: Option<ProgressBar>,
+    /// What the disks are called, if there are several.
+    names: Vec<String>,
+    /// The bar of all, and with several disks one of each.
+    bars: Option<(ProgressBar, Vec<ProgressBar>)>,
     rate: Rate,
-    told: Option<(MigrationState, Instant)>,
+    told: Option<(Vec<MigrationState>, Instant)>,
 }
 
 impl Progress {
-    /// A bar if standard error is a terminal, else plain lines.
+    /// Bars if standard error is a terminal, else plain lines. `names` are what several disks are called; none for the
+    /// only one.
     #[must_use]
-    pub fn new() -> Self {
-        let bar = io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10));
-            // The template is constant; if indicatif did not take it, its own default shows.
-            if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
-                bar.set_style(style.progress_chars("=> "));
-            }
-            bar
+    pub fn new(names: Vec<String>) -> Self {
+        let bars = io::stderr().is_terminal().then(|| {
+            let draw = MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(10));
+            let bar = || {
+                let bar = draw.add(ProgressBar::new(1));
+                // The template is constant; if indicatif did not take it, its own default shows.
+                if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
+                    bar.set_style(style.progress_chars("=> "));
+                }
+                bar
+            };
+            (bar(), names.iter().map(|_| bar()).collect())
         });
-        Self { bar, rate: Rate::default(), told: None }
+        Self { names, bars, rate: Rate::default(), told: None }
     }
 
-    /// Removes the bar, so that what follows stands on a clean line.
+    /// Removes the bars, so that what follows stands on a clean line.
     pub fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+        if let Some((all, each)) = &self.bars {
+            for bar in each {
+                bar.finish_and_clear();
+            }
+            all.finish_and_clear();
         }
     }
 
-    /// Writes a plain line when the state has changed or some time has passed.
-    fn plain(&mut self, disk: &MigrationStatus, text: &str) {
+    /// Writes a plain line when a state has changed or some time has passed.
+    fn plain(&mut self, disks: &[&MigrationStatus], all: &MigrationStatus, text: &str) {
         let now = Instant::now();
-        let due = self.told.is_none_or(|(state, at)| state != disk.state || now - at >= PLAIN);
+        let states: Vec<MigrationState> = disks.iter().map(|disk| disk.state).collect();
+        let due = self.told.as_ref().is_none_or(|(told, at)| *told != states || now - *at >= PLAIN);
         if due {
-            self.told = Some((disk.state, now));
-            line(&format!("{}: {text}", state_word(disk.state)));
+            self.told = Some((states, now));
+            let each: String = self.names.iter().zip(disks).map(|(name, disk)| brief(name, disk)).collect();
+            line(&format!("{}: {text}{each}", state_word(all.state)));
         }
     }
 }
 
 impl Default for Progress {
     fn default() -> Self {
-        Self::new()
+        Self::new(Vec::new())
     }
 }
 
 impl Observer for Progress {
-    fn progress(&mut self, disk: &MigrationStatus, vm: Option<&VmStatus>) {
-        self.rate.sample(Instant::now(), disk.push_bytes + disk.prefetch_bytes + disk.demand_bytes);
-        let text = describe(disk, vm, self.rate.per_second());
-        match &self.bar {
-            Some(bar) => {
-                let (done, total) = measure(disk);
-                bar.set_length(total);
-                bar.set_position(done);
-                bar.set_prefix(state_word(disk.state));
-                bar.set_message(text);
+    fn progress(&mut self, disks: &[&MigrationStatus], vm: Option<&VmStatus>) {
+        let all = total(disks);
+        self.rate.sample(Instant::now(), all.push_bytes + all.prefetch_bytes + all.demand_bytes);
+        let text = describe(&all, vm, self.rate.per_second());
+        match &self.bars {
+            Some((bar, each)) => {
+                show(bar, &all, text);
+                for ((bar, name), disk) in each.iter().zip(&self.names).zip(disks) {
+                    let left = human(disk.remaining_bytes);
+                    let why = if disk.message.is_empty() { "" } else { ", " };
+                    show(bar, disk, format!("{name}: {left} left{why}{}", disk.message));
+                }
             }
-            None => self.plain(disk, &text),
+            None => self.plain(disks, &all, &text),
         }
     }
 
     fn note(&mut self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(text),
+        match &self.bars {
+            Some((bar, _)) => bar.println(text),
             None => line(text),
         }
     }
+}
+
+fn show(bar: &ProgressBar, disk: &MigrationStatus, text: String) {
+    let (done, total) = measure(disk);
+    bar.set_length(total);
+    bar.set_position(done);
+    bar.set_prefix(state_word(disk.state));
+    bar.set_message(text);
+}
+
+/// One of several disks in the plain line of all.
+fn brief(name: &str, disk: &MigrationStatus) -> String {
+    format!("; {name} {}, {} left", state_word(disk.state), human(disk.remaining_bytes))
 }
 
 /// A line on standard error; a reader that has left is no reason to stop a migration.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Answers for people.
 
-use super::summary::Summary;
+use super::summary::{SetSummary, Summary};
 use crate::control::size::{human, human_time};
 use crate::control::words::{is_running, state_word, strategy_word};
 use crate::node::status::{ChunkCounts, MigrationState, MigrationStatus, Side, Snapshot, VolumeStatus};
@@ -203,6 +203,33 @@ pub fn summary(summary: &Summary) -> String {
         block.row("VM", format!("{state}{downtime}"));
     }
     block.text
+}
+
+/// How the migration of several disks went: all together, then each.
+#[must_use]
+pub fn set_summary(set: &SetSummary) -> String {
+    let mut text = summary(&set.all);
+    for disk in &set.disks {
+        let of = &disk.summary;
+        let stage = if disk.stage.is_empty() { String::new() } else { format!(" ({})", disk.stage) };
+        let mut block = Block::new(format!(
+            "{}: {}{stage}, owner {}, epoch {}",
+            disk.api_socket.display(),
+            state_word(of.state),
+            disk.owner.word(),
+            disk.epoch
+        ));
+        block.row(
+            "disk",
+            format!("{}, {} modified when armed", human(of.volume_bytes), human(of.modified_bytes)),
+        );
+        block.row("moved", moved(of.push_bytes, of.prefetch_bytes, of.demand_bytes, of.wire_bytes));
+        block.row("time", times(of.total_ms, of.push_ms, of.handoff_ms, of.pull_ms));
+        block.row("message", &of.message);
+        block.row("next", if of.state == MigrationState::Completed { "" } else { &disk.next });
+        text += &block.text;
+    }
+    text
 }
 
 /// A change of the volume in one line.

@@ -3,9 +3,14 @@
 //!
 //! Scripts read it: fields may be added at the end, none may go.
 
+use super::total::total;
 use crate::control::follow::Outcome;
-use crate::node::status::{MigrationState, StrategyName};
+use crate::control::follow::account::{Owner, next, owner};
+use crate::control::qmp::VmStatus;
+use crate::control::words::is_handed_over;
+use crate::node::status::{MigrationState, MigrationStatus, StrategyName};
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 
 /// How a migration went. Sizes in bytes, times in milliseconds unless the name says otherwise.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,10 +55,15 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// The summary of an outcome.
+    /// The summary of an outcome; of several disks, of all together.
     #[must_use]
     pub fn new(outcome: &Outcome) -> Self {
-        let (disk, vm) = (&outcome.disk, outcome.vm.as_ref());
+        let disks: Vec<&MigrationStatus> = outcome.disks.iter().map(|disk| &disk.status).collect();
+        let message = outcome.failure.clone().unwrap_or_default();
+        Self::of(&total(&disks), message, outcome.vm.as_ref())
+    }
+
+    fn of(disk: &MigrationStatus, message: String, vm: Option<&VmStatus>) -> Self {
         Self {
             state: disk.state,
             strategy: disk.strategy,
@@ -78,10 +88,58 @@ impl Summary {
             reconnects: disk.reconnects,
             stop_hold_us: disk.stop_hold_us,
             start_hold_us: disk.start_hold_us,
-            message: outcome.failure.clone().unwrap_or_default(),
+            message,
             vm_state: vm.map(|vm| vm.word.clone()),
             vm_downtime_ms: vm.and_then(|vm| vm.downtime_ms),
             vm_total_ms: vm.and_then(|vm| vm.total_ms),
         }
+    }
+}
+
+/// How the migration of several disks went: the object of one disk with the sums of all, and each disk's own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetSummary {
+    /// All together.
+    #[serde(flatten)]
+    pub all: Summary,
+    /// The disks, in the order in which they were named.
+    pub disks: Vec<DiskSummary>,
+}
+
+/// One of several disks: how its migration went, and where it stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSummary {
+    /// The API socket of its daemon at the source.
+    pub api_socket: PathBuf,
+    /// Who owns it.
+    pub owner: Owner,
+    /// The source's stage of ownership.
+    pub stage: String,
+    /// The source's epoch.
+    pub epoch: u64,
+    /// Whether the daemon answers; if not, all this is the last that it said.
+    pub answers: bool,
+    /// What the operator can do next, in a sentence.
+    pub next: String,
+    /// How its migration went; `message` is the daemon's own.
+    #[serde(flatten)]
+    pub summary: Summary,
+}
+
+impl SetSummary {
+    /// The summary of an outcome.
+    #[must_use]
+    pub fn new(outcome: &Outcome) -> Self {
+        let away = outcome.disks.iter().any(|disk| is_handed_over(disk.status.state));
+        let disks = outcome.disks.iter().map(|disk| DiskSummary {
+            api_socket: disk.socket.clone(),
+            owner: owner(&disk.status),
+            stage: disk.status.stage.clone(),
+            epoch: disk.status.epoch,
+            answers: !disk.lost,
+            next: next(&disk.status, disk.lost, away).to_owned(),
+            summary: Summary::of(&disk.status, disk.status.message.clone(), None),
+        });
+        Self { all: Summary::new(outcome), disks: disks.collect() }
     }
 }
