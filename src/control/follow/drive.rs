@@ -7,7 +7,7 @@ use super::disk::Disk;
 use super::vm::{Phase, Vm};
 use super::{DiskOutcome, Observer, Outcome};
 use crate::control::client::{Change, ClientError};
-use crate::control::words::{is_handed_over, state_word};
+use crate::control::words::state_word;
 use crate::node::status::MigrationStatus;
 use std::future::poll_fn;
 use std::task::Poll;
@@ -112,15 +112,20 @@ impl<'a> Follower<'a> {
     /// Looks at QEMU, as often as its phase is worth.
     async fn poll_vm(&mut self) {
         self.ticks = self.ticks.wrapping_add(1);
-        let here = self.disks.iter().any(|disk| !is_handed_over(disk.status.state));
-        let Some(vm) = &mut self.vm else { return };
-        if vm.runs() {
-            vm.poll().await;
-            return;
+        match &mut self.vm {
+            Some(vm) if vm.runs() => vm.poll().await,
+            Some(_) if self.ticks.is_multiple_of(RUN_STATE_TICKS) => self.look_for_resumed().await,
+            _ => {}
         }
-        // A source VM that runs again after `completed` was resumed: the destination did not take it.
-        let look = vm.phase == Phase::Completed && self.ticks.is_multiple_of(RUN_STATE_TICKS);
-        if look && here && vm.runs_here().await {
+    }
+
+    /// A source VM that runs again after `completed` was resumed: the destination did not take it. If disks are away
+    /// then, they are missing where it runs.
+    async fn look_for_resumed(&mut self) {
+        if let Some(vm) = &mut self.vm
+            && vm.phase == Phase::Completed
+            && vm.runs_here().await
+        {
             vm.phase = Phase::Resumed;
         }
     }
@@ -158,11 +163,16 @@ impl<'a> Follower<'a> {
                 self.give_up(why);
                 self.cancel_disks().await;
             }
-            Step::End(why) => {
-                if let Some(why) = why {
-                    self.give_up(why);
-                }
+            Step::End(Some(why)) => {
+                self.give_up(why);
                 return true;
+            }
+            Step::End(None) => {
+                // The last look: a success must not hide a VM that is where its disks are not.
+                self.look_for_resumed().await;
+                if !self.vm.as_ref().is_some_and(|vm| vm.phase == Phase::Resumed) {
+                    return true;
+                }
             }
         }
         false
@@ -288,7 +298,12 @@ impl<'a> Follower<'a> {
                 let reason = self.vm.as_ref().map(Vm::reason).unwrap_or_default();
                 format!("QEMU's migration did not complete ({reason})")
             }
-            Why::VmResumed => "QEMU's migration completed, but the VM was resumed at the source".to_owned(),
+            Why::VmResumed => {
+                let away = self.disks.iter().any(Disk::away);
+                let lacks = "; what is away serves it there no more: if it has not run at the destination, send it again";
+                let lacks = if away { lacks } else { "" };
+                format!("QEMU's migration completed, but the VM was resumed at the source{lacks}")
+            }
             Why::VmLost => "QEMU's monitor went away before the switchover".to_owned(),
             Why::VmLostInSwitchover => {
                 "QEMU's monitor went away in the switchover and no VM has started; the disk stays offered"
