@@ -72,7 +72,7 @@ impl Daemon {
         self.dir.join("vhost.sock")
     }
 
-    fn api(&self) -> PathBuf {
+    pub fn api(&self) -> PathBuf {
         self.dir.join("api.sock")
     }
 
