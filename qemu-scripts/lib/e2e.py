@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 
+import disks
 import resize
 from process import Failure, wait_for
 from stage import MIB, Stage, provide_tools, say
@@ -168,15 +169,17 @@ SCENARIOS = {
     "kill-dest-push": (lambda stage: kill_in_push(stage, "b"), SLOW),
     "kill-source-pull": (lambda stage: kill_in_pull(stage, "a"), SLOW),
     "kill-dest-pull": (lambda stage: kill_in_pull(stage, "b"), SLOW),
+    **disks.SCENARIOS,
 }
+ALL = {**SCENARIOS, **disks.MORE}
 
 
 def run(name, tools, args):
     """Plays one scenario; True when it holds."""
-    scenario, bandwidth = SCENARIOS[name]
+    scenario, bandwidth, make = (*ALL[name], Stage)[:3]
     began, stage, keep = time.monotonic(), None, args.keep
     try:
-        stage = Stage(tools, seed=args.seed, bandwidth=bandwidth)
+        stage = make(tools, seed=args.seed, bandwidth=bandwidth)
         site, machine, how = scenario(stage)
         checked, verified = stage.finish(site, machine)
         print(f"e2e {name}: ok  {how}; {checked} sectors checked at {site.name}, {verified} verified in the guest, "
@@ -196,12 +199,13 @@ def run(name, tools, args):
 
 def main():
     parser = argparse.ArgumentParser(prog="e2e", description=__doc__)
-    parser.add_argument("scenario", nargs="*", metavar="SCENARIO", help="default: all of " + ", ".join(SCENARIOS))
+    parser.add_argument("scenario", nargs="*", metavar="SCENARIO", help="default: all of " + ", ".join(SCENARIOS)
+                        + "; only by name: " + ", ".join(disks.MORE))
     parser.add_argument("--qemu", choices=["7.2", "10.0"], help="default: the machine's own, else 10.0")
     parser.add_argument("--keep", action="store_true", help="leave the work folders of good runs behind too")
     parser.add_argument("--seed", type=int, default=1, help="of the guest's random I/O (1)")
     args = parser.parse_args()
-    if unknown := [name for name in args.scenario if name not in SCENARIOS]:
+    if unknown := [name for name in args.scenario if name not in ALL]:
         parser.error("no scenario " + ", ".join(unknown))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

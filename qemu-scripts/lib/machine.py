@@ -10,16 +10,25 @@ from qmp import Qmp
 MEMORY_KIB = 192 << 10
 
 
+def join(args):
+    """The writer's arguments as one word of the kernel's command line."""
+    return ",".join(f"--{key}={value}" for key, value in args.items())
+
+
 class Machine:
     def __init__(self, tools, folder, name, vhost_socket, mode, args, incoming=False, paused=False, second_disk=None,
-                 cpus=1, memory_kib=MEMORY_KIB, disk_options="num-queues=2"):
+                 cpus=1, memory_kib=MEMORY_KIB, disk_options="num-queues=2", more=None):
         """`mode` and `args` are the writer's, `incoming` makes a migration's destination, which with `paused` does
-        not start the guest by itself (as libvirt does it). Mode `shell` boots the guest with the tools."""
+        not start the guest by itself (as libvirt does it). Mode `shell` boots the guest with the tools. `more` is
+        (vhost socket, writer's arguments) of a second disk whose writer speaks over `port2`."""
+        self.more = more
         self.tools, self.name, self.cpus, self.memory_kib = tools, name, cpus, memory_kib
         self.disk_options, self.initrd = disk_options, tools["TOOLS_INITRD" if mode == "shell" else "INITRD"]
         self.path = lambda suffix: os.path.join(folder, f"{name}.{suffix}")
         self.uri = "unix:" + self.path("mig")
         argv = [tools["QEMU"]] + self.board(mode, args) + self.ports() + self.disk(vhost_socket)
+        if more:
+            argv += self.disk(more[0], "disk2", 8)
         if second_disk:
             argv += ["-drive", f"if=none,id=copy,file={second_disk},format=raw,cache=unsafe",
                      "-device", "virtio-blk-pci,drive=copy,addr=7"]
@@ -29,7 +38,7 @@ class Machine:
             argv += ["-S"]
         env = {"LD_LIBRARY_PATH": tools["QEMU_LIBS"]} if tools["QEMU_LIBS"] else {}
         self.process = Process(f"QEMU {name}", argv, self.path("qemu.log"), env)
-        for socket in ("port", "monitor"):
+        for socket in ("port", "monitor", *(["port2"] if more else [])):
             wait_for(f"QEMU {name} opens its {socket}", lambda: os.path.exists(self.path(socket)), 30,
                      alive=[self.process])
         self.monitor = wait_for(f"QEMU {name} answers", self.connect, 30, alive=[self.process])
@@ -56,7 +65,7 @@ class Machine:
 
     def board(self, mode, args):
         firmware = [word for folder in self.tools["QEMU_FIRMWARE"].split(":") if folder for word in ("-L", folder)]
-        words = ",".join(f"--{key}={value}" for key, value in args.items())
+        words = join(args) + (f" blkferry.more={join(self.more[1])}" if self.more else "")
         return firmware + [
             "-nodefaults", "-no-user-config", "-display", "none", "-M", "q35", "-accel", self.accelerator(),
             "-cpu", "max", "-smp", str(self.cpus), "-m", f"{self.memory()}K",
@@ -69,19 +78,23 @@ class Machine:
         """Console log, the writer's port, and two monitors: one is ours, one is for the `blkferry` client, because
         a monitor serves one client at a time."""
         options = "server=on,wait=off"
+        second = [
+            "-chardev", f"socket,id=port2,path={self.path('port2')},{options}",
+            "-device", "virtserialport,chardev=port2,name=blkferry2,nr=2",
+        ]
         return [
             "-serial", "file:" + self.path("console.log"),
             "-qmp", f"unix:{self.path('monitor')},{options}", "-qmp", f"unix:{self.path('qmp')},{options}",
             "-device", "virtio-serial-pci,addr=5",
             "-chardev", f"socket,id=port,path={self.path('port')},{options}",
             "-device", "virtserialport,chardev=port,name=blkferry,nr=1",
-        ]
+        ] + (second if self.more else [])
 
-    def disk(self, vhost_socket):
+    def disk(self, vhost_socket, name="disk", slot=6):
         reconnect = "reconnect-ms=200" if self.version() >= (9, 2) else "reconnect=1"
         return [
-            "-chardev", f"socket,id=disk,path={vhost_socket},{reconnect}",
-            "-device", f"vhost-user-blk-pci,chardev=disk,{self.disk_options},addr=6",
+            "-chardev", f"socket,id={name},path={vhost_socket},{reconnect}",
+            "-device", f"vhost-user-blk-pci,chardev={name},{self.disk_options},addr={slot}",
         ]
 
     def migration_status(self):

@@ -68,12 +68,16 @@ class Stage:
             raise Failure(f"writer {words[0]}: {done.stdout.strip()[-3000:]}")
         return done.stdout
 
+    def writer_args(self, disk):
+        """What the guest's writer for this disk is started with."""
+        return {"disk": disk, "seed": self.seed, "base-sectors": self.base_sectors, "workers": 4,
+                "pace-us": self.pace_us}
+
     def machine(self, site, **more):
         """Boots (or, with incoming=True, prepares) a QEMU whose disk is the site's daemon."""
         self.machines += 1
-        args = {"disk": "/dev/vda", "seed": self.seed, "base-sectors": self.base_sectors, "workers": 4,
-                "pace-us": self.pace_us}
-        machine = Machine(self.tools, self.root, f"{self.machines}-at-{site.name}", site.vhost, "guest", args, **more)
+        machine = Machine(self.tools, self.root, f"{self.machines}-at-{site.name}", site.vhost, "guest",
+                          self.writer_args("/dev/vda"), **more)
         self.processes.append(machine.process)
         self.guest.attach(machine.path("port"))
         return machine
@@ -98,27 +102,35 @@ class Stage:
         return result
 
     def finish(self, site, machine):
-        """Stops the guest's writer, ends all, restarts the site's daemon on the same state and holds every sector
-        of its disk against the guest's record. Returns (sectors checked, sectors verified in the guest)."""
+        """Stops the guest and checks its disk. Returns (sectors checked, sectors verified in the guest)."""
+        verified = self.take_record(machine)
+        machine.quit()
+        return self.check(site), verified
+
+    def take_record(self, machine):
+        """Stops the guest's writer and keeps its record. Returns how many sectors it has verified."""
         record, verified, wrong = self.guest.stop(60, self.alive(machine))
         self.guest.expect_clean()
         if wrong:
             raise Failure(f"the guest counted {wrong} wrong")
-        path = os.path.join(self.root, "record")
-        with open(path, "w", encoding="ascii") as out:
+        with open(os.path.join(self.root, "record"), "w", encoding="ascii") as out:
             out.write(record)
-        machine.quit()
+        return verified
+
+    def check(self, site):
+        """Ends the daemons, restarts the site's on the same state and holds every sector of its disk against the
+        guest's record. Returns how many."""
         for each in self.sites.values():
             if each.daemon.running():
                 each.stop()
         site.start()
         copy = self.dump(site)
-        text = self.writer("check", "--image", copy, "--record", path)
+        text = self.writer("check", "--image", copy, "--record", os.path.join(self.root, "record"))
         site.stop()
         checked, bad = (int(n) for n in re.search(r"checked (\d+) sectors, (\d+) wrong", text).groups())
         if bad:
             raise Failure(text)
-        return checked, verified
+        return checked
 
     def dump(self, site):
         """Reads the whole disk through the daemon, by a guest that only copies it to a raw file on the host."""
