@@ -28,12 +28,11 @@ class Move:
         with open(self.out, "wb") as out:
             self.process = Process("blkferry migrate", argv, log, stdout=out)
 
-    def says(self, text):
-        with open(self.process.log, errors="replace") as log:
-            return text in log.read()
-
     def await_says(self, text, timeout=20):
-        wait_for(f"the client says '{text}'", lambda: self.says(text), timeout, alive=[self.process])
+        def said():
+            with open(self.process.log, errors="replace") as log:
+                return text in log.read()
+        wait_for(f"the client says '{text}'", said, timeout, alive=[self.process])
 
     def end(self, status, *states, timeout=90):
         """Waits for the end, which must be this, in these states of the disks; returns the client's object."""
@@ -176,23 +175,23 @@ def story(stage):
     return stage.sites("b")[0], there, "back after Ctrl-C, back without a destination, moved over a killed source"
 
 
-def late(stage, victim, pause):
+def late(stage, victim):
     """One of the daemons of the second disk is away when the guest starts at the destination: the first disk is granted
     and cannot come back, so the second must follow."""
+    if victim == "b" and stage.tools["QEMU_VERSION"].startswith("7."):
+        raise Failure("QEMU 7.2 loses a device for good whose daemon was away at its start: use 10.0 here")
     here, there, move = in_switchover(stage)
     killed = stage.sites(victim)[1]
     killed.kill()
     start = time.monotonic()
     there.monitor.socket.settimeout(60)
-    # QEMU answers only when its devices have started, or have given up.
+    # QEMU 10.0 answers only when its devices have started, or have given up; 7.2 waits for none.
     there.cont()
     held = time.monotonic() - start
     stage.disks[0].guest.await_io(100, 60, [there.process])
     stage.sites("a")[0].await_state(("postcopy-active", "completed"), 10)
-    time.sleep(pause)
+    move.await_says("the disks are on both sides")
     killed.start()
-    if not move.says("the disks are on both sides"):
-        raise Failure("the client has not said that the disks are on both sides")
     move.end(0, "completed", "completed")
     here.quit()
     stage.settle(there)
@@ -241,8 +240,8 @@ SCENARIOS = {
 }
 # Slower ones, or of what the story has the like of: only by name.
 MORE = {
-    "two-disks-late-destination": (lambda stage: late(stage, "b", 4), 12 * MIB, TwoDisks),
-    "two-disks-late-source": (lambda stage: late(stage, "a", 1), 12 * MIB, TwoDisks),
+    "two-disks-late-destination": (lambda stage: late(stage, "b"), 12 * MIB, TwoDisks),
+    "two-disks-late-source": (lambda stage: late(stage, "a"), 12 * MIB, TwoDisks),
     "two-disks-resumed": (resumed, 12 * MIB, TwoDisks),
     "two-disks-split": (split, 12 * MIB, TwoDisks),
 }
