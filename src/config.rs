@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The daemon's one validated configuration. Defaults live here and nowhere else.
 
+use crate::core::destination::OnSourceLoss;
 use crate::core::geometry::{DEFAULT_CHUNK_SIZE, SECTOR};
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 use thiserror::Error;
 
 /// Request queues offered when nothing else is asked for.
@@ -23,6 +25,11 @@ pub const MAX_CPUS: u16 = 1024;
 pub const MAX_SERIAL: usize = 20;
 /// Push threshold when nothing else is asked for.
 pub const DEFAULT_THRESHOLD: u32 = 3;
+/// How long a source may be away before what waits for it fails, where errors are wanted: most absences are a daemon
+/// that is started again, or a network that comes back.
+pub const DEFAULT_SOURCE_GRACE: Duration = Duration::from_secs(30);
+/// Longest such time.
+pub const MAX_SOURCE_GRACE: Duration = Duration::from_secs(24 * 3600);
 /// Data streams of a migration when nothing else is asked for.
 pub const DEFAULT_CONNECTIONS: u8 = 2;
 /// Most data streams of a migration.
@@ -95,6 +102,8 @@ pub struct Config {
     pub tls_dir: Option<PathBuf>,
     /// Cap on bytes a second that this daemon sends to a peer; 0 is no cap.
     pub bandwidth: u64,
+    /// What a guest gets that wants a remote chunk while the source is away.
+    pub on_source_loss: OnSourceLoss,
     /// Request queues.
     pub num_queues: u16,
     /// Largest ring size.
@@ -134,6 +143,7 @@ impl Config {
             listen: None,
             tls_dir: None,
             bandwidth: 0,
+            on_source_loss: OnSourceLoss::Stall,
             num_queues: DEFAULT_QUEUES,
             queue_size: DEFAULT_QUEUE_SIZE,
             chunk_size: DEFAULT_CHUNK_SIZE,
@@ -165,6 +175,11 @@ impl Config {
         }
         if let Err(error) = crate::core::geometry::Geometry::new(SECTOR, self.chunk_size) {
             return value("--chunk-size", self.chunk_size.to_string(), &error.to_string());
+        }
+        if let OnSourceLoss::Error { grace } = self.on_source_loss
+            && grace > MAX_SOURCE_GRACE
+        {
+            return value("--source-grace", grace.as_secs().to_string(), "0 to 86400 seconds");
         }
         if self.blk_file.is_some() && self.base.is_some() {
             return Err(ConfigError::Combination(

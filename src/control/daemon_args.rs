@@ -9,7 +9,10 @@
 //! A refusal is one line: clap's own come with usage and hints, which a journal or a management tool cuts anyway.
 
 use super::size;
-use crate::config::{CacheMode, Config, ConfigError, FrontendSocket, MAX_CPUS, QueueTuning};
+use crate::config::{
+    CacheMode, Config, ConfigError, DEFAULT_SOURCE_GRACE, FrontendSocket, MAX_CPUS, QueueTuning,
+};
+use crate::core::destination::OnSourceLoss;
 use crate::core::geometry::DEFAULT_CHUNK_SIZE;
 use clap::builder::TypedValueParser;
 use clap::{Parser, ValueEnum};
@@ -18,6 +21,7 @@ use std::ffi::OsString;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// What QEMU's conventions call the capabilities of a block back-end.
 const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
@@ -78,6 +82,13 @@ struct Args {
     /// Most bytes a second that go to a peer (100M); 0 is no cap [default: 0]
     #[arg(long, value_name = "BYTES_PER_S", value_parser = size::parse)]
     bandwidth: Option<u64>,
+    /// What the guest gets of chunks that are still at a migration source that is away: nothing until it is back, or
+    /// an I/O error after --source-grace
+    #[arg(long, value_enum, default_value_t = SourceLossArg::Stall)]
+    on_source_loss: SourceLossArg,
+    /// With --on-source-loss error: how long requests wait for the source first [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    source_grace: Option<u32>,
     /// Request queues, 1 to 16 [default: 1]
     #[arg(long, value_name = "N")]
     num_queues: Option<u16>,
@@ -112,6 +123,12 @@ enum Cache {
     Auto,
     Direct,
     Buffered,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum SourceLossArg {
+    Stall,
+    Error,
 }
 
 /// CPU numbers, in the order in which queues take them.
@@ -202,6 +219,7 @@ impl Args {
         };
         config.serial = self.serial.unwrap_or(config.serial);
         config.bandwidth = self.bandwidth.unwrap_or(config.bandwidth);
+        config.on_source_loss = on_source_loss(self.on_source_loss, self.source_grace)?;
         config.num_queues = self.num_queues.unwrap_or(config.num_queues);
         config.queue_size = self.queue_size.unwrap_or(config.queue_size);
         config.chunk_size = chunk_size(self.chunk_size)?;
@@ -212,6 +230,20 @@ impl Args {
         };
         config.validate()?;
         Ok(config)
+    }
+}
+
+fn on_source_loss(policy: SourceLossArg, grace: Option<u32>) -> Result<OnSourceLoss, ConfigError> {
+    match (policy, grace) {
+        (SourceLossArg::Stall, None) => Ok(OnSourceLoss::Stall),
+        (SourceLossArg::Stall, Some(_)) => Err(ConfigError::Combination(
+            "--source-grace means nothing without --on-source-loss error: a guest that stalls waits for ever"
+                .to_owned(),
+        )),
+        (SourceLossArg::Error, grace) => {
+            let grace = grace.map_or(DEFAULT_SOURCE_GRACE, |seconds| Duration::from_secs(seconds.into()));
+            Ok(OnSourceLoss::Error { grace })
+        }
     }
 }
 
@@ -248,6 +280,16 @@ mod tests {
             }
             other => panic!("{line}: {other:?}"),
         }
+    }
+
+    #[test]
+    fn errors_for_a_lost_source_have_a_grace_time() {
+        let policy = |more: &str| config(&format!("--fd 3 --state-dir /s {more}")).on_source_loss;
+        let error = |seconds| OnSourceLoss::Error { grace: Duration::from_secs(seconds) };
+        assert_eq!(policy(""), OnSourceLoss::Stall);
+        assert_eq!(policy("--on-source-loss stall"), OnSourceLoss::Stall);
+        assert_eq!(policy("--on-source-loss error"), error(30));
+        assert_eq!(policy("--on-source-loss error --source-grace 0"), error(0));
     }
 
     #[test]
@@ -318,6 +360,9 @@ mod tests {
             ("--fd 3 --state-dir /s --queue-cpus 0,x", "--queue-cpus"),
             ("--fd 3 --state-dir /s --queue-cpus 1024", "--queue-cpus"),
             ("--fd 3 --state-dir /s --cache maybe", "--cache"),
+            ("--fd 3 --state-dir /s --on-source-loss zero", "--on-source-loss"),
+            ("--fd 3 --state-dir /s --source-grace 5", "--source-grace"),
+            ("--fd 3 --state-dir /s --on-source-loss error --source-grace 86401", "--source-grace"),
             ("--fd 3 --state-dir /s --log-level loud", "--log-level"),
             ("--fd 3 --state-dir /s --listen 7000", "--listen"),
             ("--fd 3 --state-dir /s --frobnicate", "--frobnicate"),

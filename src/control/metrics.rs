@@ -86,6 +86,24 @@ fn volume(out: &mut DescriptorEncoder<'_>, volume: &VolumeStatus) -> fmt::Result
     )?;
     gauge(out, "blkferry_volume_epoch", "Fencing number of the volume's ownership", volume.epoch)?;
     gauge(out, "blkferry_volume_fault", "1 if the volume has a fault", u64::from(!volume.fault.is_empty()))?;
+    gauge(
+        out,
+        "blkferry_source_away",
+        "1 if the guest depends on a migration source that is not connected",
+        u64::from(volume.source.away),
+    )?;
+    gauge(
+        out,
+        "blkferry_source_waiting_requests",
+        "Parts of guest requests that wait for content from the source or the base image",
+        volume.source.waiting,
+    )?;
+    counter(
+        out,
+        "blkferry_source_failed_requests",
+        "Parts of guest requests that failed because their content could not be had",
+        volume.source.failed,
+    )?;
     let connected = u64::from(volume.frontend_connected);
     gauge(out, "blkferry_frontend_connected", "1 if a front-end is connected", connected)
 }

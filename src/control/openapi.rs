@@ -4,7 +4,7 @@
 use super::api;
 use crate::node::status::{
     ChunkCounts, Denied, IoCounts, MigrationRequest, MigrationState, MigrationStatus, ResizeRequest, Side,
-    StartMode, StrategyName, VolumeStatus,
+    SourceLossPolicy, SourceStatus, StartMode, StrategyName, VolumeStatus,
 };
 use utoipa::OpenApi;
 
@@ -28,6 +28,8 @@ use utoipa::OpenApi;
         VolumeStatus,
         ChunkCounts,
         IoCounts,
+        SourceStatus,
+        SourceLossPolicy,
         ResizeRequest,
         MigrationRequest,
         MigrationStatus,

@@ -270,6 +270,7 @@ async fn build(config: Config, store: Store, plumbing: Plumbing) -> Result<Node,
         snapshots,
         started: Instant::now(),
         fault: String::new(),
+        source_watch: super::away::SourceWatch::default(),
         shown: None,
         config,
     };

@@ -57,7 +57,8 @@ impl Node {
     /// Stands ready for a source: `released` when this side has given this very volume away before, in the migration
     /// `replica` if it still has what it had then.
     pub(super) fn stand_ready(&mut self, released: bool, replica: Option<MigrationId>) {
-        let session = DestinationSession::idle(self.facts(self.virgin, released, replica));
+        let mut session = DestinationSession::idle(self.facts(self.virgin, released, replica));
+        session.set_on_source_loss(self.now(), self.config.on_source_loss);
         self.become_destination(DestinationDriver {
             session,
             link: None,
@@ -86,7 +87,8 @@ impl Node {
             self.report.granted();
         }
         let facts = self.facts(false, false, None);
-        let session = DestinationSession::resume(facts, record, self.epoch, have, remaining);
+        let mut session = DestinationSession::resume(facts, record, self.epoch, have, remaining);
+        session.set_on_source_loss(self.now(), self.config.on_source_loss);
         self.become_destination(DestinationDriver {
             session,
             link: None,
@@ -136,8 +138,9 @@ impl Node {
             }
             DestinationAction::FailChunk { chunk, reason } => {
                 log::error!("{chunk} cannot be had from the migration source: {reason:?}");
-                self.transfer.fail_waiters(chunk);
+                self.fail_waiting(chunk);
             }
+            DestinationAction::FailWaiting(chunk) => self.fail_waiting(chunk),
             DestinationAction::Wipe => self.jobs.wipe(),
             DestinationAction::Prune(current) => {
                 log::info!(

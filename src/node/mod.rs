@@ -5,6 +5,7 @@
 //! sessions of `core` decide; this room carries out. See docs/ARCHITECTURE.md, "Migration".
 
 mod admission;
+mod away;
 pub mod daemon;
 mod destination;
 mod drain;

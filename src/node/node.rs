@@ -13,6 +13,7 @@
 //! behind the next event.
 
 use super::admission::{self, Admission, Standing};
+use super::away::SourceWatch;
 use super::destination::DestinationDriver;
 use super::drain::DrainPace;
 use super::holds::Holds;
@@ -83,6 +84,7 @@ pub(super) struct Node {
     pub(super) snapshots: watch::Sender<Snapshot>,
     pub(super) started: Instant,
     pub(super) fault: String,
+    pub(super) source_watch: SourceWatch,
     /// What the last snapshot says.
     pub(super) shown: Option<(Standing, MigrationState)>,
 }
@@ -146,6 +148,7 @@ impl Node {
             }
         }
         self.follow_epoch();
+        self.follow_source();
         // An input may have moved the session before any action: compare with what was published, not with before.
         if self.shown != Some((self.standing(), self.migration_state())) {
             self.publish();

@@ -97,6 +97,7 @@ impl Node {
             write_cache: self.volume.write_cache(),
             chunks: self.chunk_counts(),
             io,
+            source: self.source_status(),
             fault: self.fault.clone(),
         }
     }

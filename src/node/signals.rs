@@ -218,7 +218,7 @@ impl Node {
                 Some(destination) => destination.session.handle_demand(now, chunk),
                 None => {
                     log::error!("{chunk} is said to be at a migration source, but there is none");
-                    self.transfer.fail_waiters(chunk);
+                    self.fail_waiting(chunk);
                 }
             },
             VolumeEvent::Overwritten(chunk) => {

@@ -198,8 +198,40 @@ pub struct VolumeStatus {
     pub chunks: ChunkCounts,
     /// Requests and bytes since start.
     pub io: IoCounts,
+    /// What becomes of requests that need a migration source that is away.
+    pub source: SourceStatus,
     /// What is wrong with the volume, empty if nothing.
     pub fault: String,
+}
+
+/// What a guest gets that wants a chunk of a migration source that is away (`--on-source-loss`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum SourceLossPolicy {
+    /// No answer until the source is back.
+    #[default]
+    Stall,
+    /// An I/O error, after the grace time.
+    Error,
+}
+
+/// How the migration source is, as far as the guest here depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, Default)]
+pub struct SourceStatus {
+    /// What a guest gets that wants a chunk of a source that is away.
+    pub on_source_loss: SourceLossPolicy,
+    /// How long requests wait first, in seconds, where they get an error.
+    pub grace_s: u64,
+    /// The guest runs here and depends on a source that is not connected.
+    pub away: bool,
+    /// Since when, in milliseconds of Unix time; 0 when it is not away.
+    pub away_since_ms: u64,
+    /// What needs the source fails now: the grace time is over.
+    pub failing: bool,
+    /// Parts of guest requests, one in each chunk, that wait for content from the source or the base image.
+    pub waiting: u64,
+    /// Parts of guest requests that failed since the daemon started because their content could not be had.
+    pub failed: u64,
 }
 
 /// Number of chunks in each state; `partial` ones are also counted in their state.

@@ -8,11 +8,12 @@
 //!
 //! A destination owns the disk before the source has synced its layer. A guest flush there promises that *earlier*
 //! writes are safe, and those may sit in the source's page cache: the [`FlushGate`] holds flushes until the source
-//! says `Synced`.
+//! says `Synced`. Where the operator wants errors rather than a guest that waits for a source that is away, flushes
+//! fail meanwhile: a promise that cannot be kept is not made either way.
 
 use super::waiters::Waker;
 use parking_lot::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Weak};
 
 /// The queue threads of a volume, to be woken when something opens.
@@ -111,32 +112,56 @@ impl Gate {
     }
 }
 
+const HOLDS: u8 = 0;
+const OPEN: u8 = 1;
+const FAILS: u8 = 2;
+
 /// May guest flushes be answered; open when made.
 #[derive(Debug)]
 pub struct FlushGate {
-    open: AtomicBool,
+    state: AtomicU8,
     ports: Arc<Ports>,
 }
 
 impl FlushGate {
     pub(super) fn new(ports: Arc<Ports>) -> Self {
-        Self { open: AtomicBool::new(true), ports }
+        Self { state: AtomicU8::new(OPEN), ports }
     }
 
     /// Whether flushes are carried out as they come.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        self.open.load(Ordering::SeqCst)
+        self.state.load(Ordering::SeqCst) == OPEN
+    }
+
+    /// Whether flushes fail as they come.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        self.state.load(Ordering::SeqCst) == FAILS
     }
 
     /// The source has synced: carries out the flushes that were held, and all later ones.
     pub fn open(&self) {
-        self.open.store(true, Ordering::SeqCst);
+        self.state.store(OPEN, Ordering::SeqCst);
         self.ports.wake_all();
     }
 
     /// Holds flushes from now on. Close it before the gate opens.
     pub fn close(&self) {
-        self.open.store(false, Ordering::SeqCst);
+        self.state.store(HOLDS, Ordering::SeqCst);
+    }
+
+    /// A gate that holds flushes fails them, those that it holds and those that come, until it opens or
+    /// [`hold_again`](Self::hold_again). An open gate stays open.
+    pub fn fail(&self) {
+        if self.state.compare_exchange(HOLDS, FAILS, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+            self.ports.wake_all();
+        }
+    }
+
+    /// A gate that fails flushes holds them.
+    pub fn hold_again(&self) {
+        // Open already, or holding: then nothing is to do.
+        let _ = self.state.compare_exchange(FAILS, HOLDS, Ordering::SeqCst, Ordering::SeqCst);
     }
 }

@@ -327,6 +327,10 @@ impl Port {
             for key in std::mem::take(&mut self.held_flushes) {
                 self.start_sync(key);
             }
+        } else if self.volume.flush_gate().is_failing() {
+            for key in std::mem::take(&mut self.held_flushes) {
+                self.complete(key, Some(Status::IoError));
+            }
         }
     }
 

@@ -530,6 +530,12 @@ impl Table {
         count
     }
 
+    /// Pieces that wait for content of a chunk. Entries are few: only who holds or waits has one.
+    pub(super) fn waiting(&self) -> usize {
+        let of = |entry: &Entry| entry.parked.iter().filter(|parked| parked.fill).count();
+        self.shards.iter().map(|shard| shard.lock().values().map(of).sum::<usize>()).sum()
+    }
+
     /// One consistent look at a chunk.
     pub(super) fn look(&self, chunk: ChunkId) -> Look {
         let word = self.word(chunk).load(SeqCst);

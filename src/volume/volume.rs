@@ -272,6 +272,13 @@ impl Volume {
         counts
     }
 
+    /// Pieces of guest requests (a request has one in each chunk) that wait for content from the base image or the
+    /// source.
+    #[must_use]
+    pub fn waiting(&self) -> u64 {
+        self.table.waiting() as u64
+    }
+
     /// Requests and bytes since the volume was opened.
     #[must_use]
     pub fn io(&self) -> IoTotals {

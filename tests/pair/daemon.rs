@@ -119,6 +119,20 @@ impl Daemon {
         assert!(status.success(), "{}: {status}", self.name);
     }
 
+    /// Is started again with these arguments more.
+    pub fn change(&mut self, more: &[&str]) {
+        self.terminate();
+        self.args.extend(more.iter().map(|arg| (*arg).to_owned()));
+        self.spawn();
+    }
+
+    /// A value of the metrics.
+    pub fn metric(&self, name: &str) -> u64 {
+        let text = self.runtime.block_on(self.client().metrics()).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name} in {text}")).parse().unwrap()
+    }
+
     /// Begins anew with another `--size` and an empty state directory.
     pub fn renew(&mut self, size: u64) {
         self.terminate();

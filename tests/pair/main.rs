@@ -12,6 +12,7 @@
 )]
 #![allow(unreachable_pub, reason = "modules of a test")]
 
+mod away;
 mod daemon;
 mod disks;
 #[allow(dead_code, reason = "the front-end of the vhost tests; each uses its own part")]

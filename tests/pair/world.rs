@@ -288,7 +288,7 @@ impl World {
         let (mine, other) = (self.sides[here].volume(), self.sides[there].volume());
         assert!(mine.serving && mine.fault.is_empty(), "{mine:?}");
         assert!(!other.serving && other.fault.is_empty(), "{other:?}");
-        assert_eq!(mine.io.errors, 0);
+        assert_eq!(mine.io.errors, self.writer.refused);
         for side in &self.sides {
             let errors = side.errors(&self.expected);
             assert!(errors.is_empty(), "{}: {errors:#?}", side.name);

@@ -3,7 +3,7 @@
 //!
 //! Requests that overlap a change in flight are not made: then what each read must return is known exactly.
 
-use crate::guest::{Ask, Done, Guest, OK, T_DISCARD, T_WRITE_ZEROES};
+use crate::guest::{Ask, Done, Guest, IOERR, OK, T_DISCARD, T_WRITE_ZEROES};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::collections::HashMap;
@@ -53,6 +53,9 @@ pub struct Writer {
     /// Requests that came back.
     pub done: u64,
     pub flushed: u64,
+    /// I/O errors are taken, and counted: a request that fails has changed nothing.
+    pub may_fail: bool,
+    pub refused: u64,
 }
 
 impl Writer {
@@ -65,6 +68,8 @@ impl Writer {
             stamp: 0,
             done: 0,
             flushed: 0,
+            may_fail: false,
+            refused: 0,
         }
     }
 
@@ -183,6 +188,10 @@ impl Writer {
     pub fn reap(&mut self, guest: &mut Guest) {
         for Done { head, status, data } in guest.reap(0) {
             let Pending { sectors, purpose } = self.pending.remove(&head).unwrap();
+            if self.may_fail && status == IOERR {
+                self.refused += 1;
+                continue;
+            }
             assert_eq!(status, OK, "{purpose:?} of sectors {sectors:?}");
             match purpose {
                 Purpose::Read => self.check(sectors.start, &data),

@@ -163,6 +163,10 @@ impl World {
             DestinationAction::SetWriteCache(on) => self.sides[side].write_cache = on,
             DestinationAction::StartAnswered { allowed, .. } => self.answer_start(side, allowed),
             DestinationAction::FailChunk { chunk, .. } => self.fail_waiters(side, chunk),
+            DestinationAction::FailWaiting(chunk) => {
+                self.stats.absences += 1;
+                self.fail_waiters(side, chunk);
+            }
             DestinationAction::Wipe => self.job(side, 1, Job::Wiped),
             DestinationAction::Prune(list) => self.job(side, 1, Job::Pruned(list)),
             DestinationAction::Finished(outcome) => self.finish(side, &outcome),

@@ -3,7 +3,7 @@
 
 use crate::world::{Event, Job, MS, NodeRole, World};
 use blkferry::core::chunk::ChunkState;
-use blkferry::core::destination::{DestinationSession, LocalFacts};
+use blkferry::core::destination::{DestinationSession, LocalFacts, OnSourceLoss};
 use blkferry::core::geometry::ChunkId;
 use blkferry::core::heat::Counting;
 use blkferry::core::message::{Epoch, Hello, Incarnation, MigrationId, Version};
@@ -101,9 +101,19 @@ impl World {
 
     pub(crate) fn become_destination(&mut self, side: usize, released: bool, replica: Option<MigrationId>) {
         self.sides[side].run += 1;
-        let session = DestinationSession::idle(self.facts(side, released, replica));
+        let mut session = DestinationSession::idle(self.facts(side, released, replica));
+        session.set_on_source_loss(self.clock(), self.on_source_loss(side));
         self.stats.returns += u64::from(released);
         self.sides[side].role = NodeRole::Destination(Box::new(session));
+    }
+
+    /// Now a guest that waits, now one that gets errors.
+    fn on_source_loss(&self, side: usize) -> OnSourceLoss {
+        match self.sides[side].run % 3 {
+            0 => OnSourceLoss::Stall,
+            1 => OnSourceLoss::Error { grace: Duration::ZERO },
+            _ => OnSourceLoss::Error { grace: Duration::from_millis(50) },
+        }
     }
 
     // ---- crash and restart --------------------------------------------------------------------------------------
@@ -247,7 +257,8 @@ impl World {
         self.tell(|| format!("  has {have:?}, remaining {remaining:?}"));
         let owner = matches!(record.stage, DestinationStage::Active { .. } | DestinationStage::Complete);
         let facts = self.facts(side, false, None);
-        let session = DestinationSession::resume(facts, record, epoch, have, remaining);
+        let mut session = DestinationSession::resume(facts, record, epoch, have, remaining);
+        session.set_on_source_loss(self.clock(), self.on_source_loss(side));
         let s = &mut self.sides[side];
         s.flush_gate = record.stage != DestinationStage::Active { source_synced: false };
         s.virgin = false;

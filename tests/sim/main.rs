@@ -53,7 +53,7 @@ fn number(name: &str) -> Option<u64> {
 }
 
 /// Everything that must happen in the seeds together, or they prove nothing.
-fn counts(s: &Stats) -> [(&'static str, u64); 19] {
+fn counts(s: &Stats) -> [(&'static str, u64); 20] {
     [
         ("handoffs", s.handoffs),
         ("completions", s.completions),
@@ -72,6 +72,7 @@ fn counts(s: &Stats) -> [(&'static str, u64); 19] {
         ("demands", s.demands),
         ("overwritten chunks", s.overwritten),
         ("held flushes", s.held_flushes),
+        ("errors for a source that is away", s.absences),
         ("checked reads", s.reads),
         ("events", s.events),
     ]

@@ -236,12 +236,14 @@ pub(crate) struct Stats {
     pub(crate) lost: u64,
     pub(crate) returns: u64,
     pub(crate) kept: u64,
+    pub(crate) absences: u64,
     pub(crate) reads: u64,
     pub(crate) events: u64,
 }
 
 impl Stats {
     pub(crate) fn add(&mut self, one: &Self) {
+        self.absences += one.absences;
         self.handoffs += one.handoffs;
         self.completions += one.completions;
         self.reclaims += one.reclaims;

@@ -4,10 +4,13 @@
 use super::summary::{SetSummary, Summary};
 use crate::control::size::{human, human_time};
 use crate::control::words::{is_running, state_word, strategy_word};
-use crate::node::status::{ChunkCounts, MigrationState, MigrationStatus, Side, Snapshot, VolumeStatus};
+use crate::node::status::{
+    ChunkCounts, MigrationState, MigrationStatus, Side, Snapshot, SourceLossPolicy, SourceStatus,
+    VolumeStatus,
+};
 use serde_json::{Map, Value, json};
 use std::fmt::Write;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// A block of text under a head: labels in one column, values in another.
 struct Block {
@@ -64,8 +67,26 @@ fn volume(volume: &VolumeStatus) -> String {
             io.errors
         ),
     );
+    block.row("source", source(&volume.source));
     block.row("FAULT", &volume.fault);
     block.text
+}
+
+/// What the guest gets of a source that is away; empty when it depends on none.
+fn source(source: &SourceStatus) -> String {
+    if !source.away {
+        return String::new();
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = human_time(now.saturating_sub(Duration::from_millis(source.away_since_ms)));
+    let what = match (source.on_source_loss, source.failing) {
+        (SourceLossPolicy::Stall, _) => "requests that need it wait".to_owned(),
+        (SourceLossPolicy::Error, false) => {
+            format!("requests that need it fail when it has been away for {} s", source.grace_s)
+        }
+        (SourceLossPolicy::Error, true) => "requests that need it fail".to_owned(),
+    };
+    format!("AWAY for {since}: {what} ({} wait, {} have failed)", source.waiting, source.failed)
 }
 
 fn chunks(counts: &ChunkCounts) -> String {
@@ -244,6 +265,10 @@ pub fn volume_line(volume: &VolumeStatus) -> String {
         human(io.written_bytes),
         chunks(&volume.chunks)
     );
+    let source = source(&volume.source);
+    if !source.is_empty() {
+        line = line + ", source " + &source;
+    }
     if !volume.fault.is_empty() {
         line = line + ", FAULT: " + &volume.fault;
     }

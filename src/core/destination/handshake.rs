@@ -227,6 +227,7 @@ impl DestinationSession {
             return;
         }
         self.welcomed = true;
+        self.source_back();
         let stage = self.stage();
         let owner = matches!(stage, DestinationStage::Active { .. } | DestinationStage::Complete);
         let lists = if owner || self.foreign { Vec::new() } else { self.pull.have_lists() };

@@ -9,6 +9,7 @@
 //! durable opens its gate. What it was told of the remaining set is checked by a digest at the offer; a chunk is taken for
 //! settled only if the very version that the source names is installed here.
 
+mod away;
 mod handoff;
 mod handshake;
 mod pull;
@@ -23,6 +24,8 @@ use super::message::{
 use super::ownership::{DestinationStep, IllegalStep, check_destination};
 use super::progress::{Outcome, Progress};
 use super::record::{DestinationRecord, DestinationStage, MigrationRecord, Role};
+use away::Away;
+pub use away::{OnSourceLoss, SourceLoss};
 use pull::Pull;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -119,6 +122,8 @@ pub enum DestinationAction {
         /// Why.
         reason: Refusal,
     },
+    /// The source is away: what waits for the chunk fails now. The chunk stays remote, and is had when the source is back.
+    FailWaiting(ChunkId),
     /// Drop everything that came, durably, and tell by `handle_wiped`.
     Wipe,
     /// Drop everything but these chunks, which are as they came from the disk's owner in these versions, and tell by
@@ -151,6 +156,7 @@ pub struct DestinationSession {
     connected: bool,
     welcomed: bool,
     pull: Pull,
+    away: Away,
     offer: Option<Offer>,
     /// The epoch that made the offer void while it was being written.
     voided: Option<Epoch>,
@@ -186,6 +192,7 @@ impl DestinationSession {
             connected: false,
             welcomed: false,
             pull,
+            away: Away::default(),
             offer: None,
             voided: None,
             greeting: None,
@@ -413,7 +420,8 @@ impl DestinationSession {
     }
 
     /// The connection is lost; the source makes it again.
-    pub fn handle_disconnected(&mut self, _now: Duration) {
+    pub fn handle_disconnected(&mut self, now: Duration) {
+        self.source_gone(now);
         self.connected = false;
         self.welcomed = false;
         self.greeting = None;
@@ -555,7 +563,7 @@ impl DestinationSession {
         // While the ownership is being written it cannot be refused any more.
         let waits = self.step != DestinationStep::Activating;
         let start = self.start.filter(|_| waits).and_then(|start| start.deadline);
-        [start, self.retry_sync, self.pull.retry_at()].into_iter().flatten().min()
+        [start, self.retry_sync, self.pull.retry_at(), self.away_deadline()].into_iter().flatten().min()
     }
 
     /// The time given by `next_timeout` has come.
@@ -570,5 +578,6 @@ impl DestinationSession {
             self.consider_completion();
         }
         self.retry_pulls(now);
+        self.away_timeout(now);
     }
 }

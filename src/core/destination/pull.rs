@@ -226,6 +226,18 @@ impl Pull {
         }
     }
 
+    /// The next chunk that the guest waits for and that is not being pulled; it is queued for later.
+    pub(super) fn give_up_next(&mut self) -> Option<ChunkId> {
+        loop {
+            let chunk = self.demands.pop_front().or_else(|| self.failed.take_next(ChunkId(0)))?;
+            if self.remaining.contains(chunk) {
+                self.failed.remove(chunk);
+                self.queue_again(chunk);
+                return Some(chunk);
+            }
+        }
+    }
+
     pub(super) fn installing(&self) -> bool {
         !self.installs.is_empty()
     }
@@ -495,6 +507,7 @@ impl DestinationSession {
     pub(super) fn pump(&mut self) {
         self.consider_offer();
         self.send_acks();
+        self.fail_what_waits();
         if self.pulls() {
             while let Some(chunk) = self.pull.demands.pop_front() {
                 self.demand(chunk);

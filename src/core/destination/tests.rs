@@ -586,3 +586,120 @@ fn a_start_that_comes_while_everything_is_dropped_is_answered() {
     let answered = DestinationAction::StartAnswered { allowed: false, reason: Some(Refusal::Cancelled) };
     assert!(rig.run().contains(&answered));
 }
+
+fn failed(actions: &[DestinationAction]) -> Vec<u32> {
+    let chunk = |action: &DestinationAction| match action {
+        DestinationAction::FailWaiting(chunk) => Some(chunk.0),
+        _ => None,
+    };
+    actions.iter().filter_map(chunk).collect()
+}
+
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Owns the disk; chunks 1 and 2 are at the source, which is away since `NOW`.
+fn away(policy: OnSourceLoss) -> Rig {
+    let mut rig = Rig::prepared(&[(1, 1), (2, 1), (3, 1)]);
+    rig.activate();
+    rig.hear(Message::Synced { epoch: OFFERED });
+    rig.hear(data(3, 1, OFFERED, Purpose::Prefetch));
+    rig.installed(3, 1, Installed::Done);
+    rig.session.set_on_source_loss(NOW, policy);
+    assert_eq!(rig.session.source_loss(), SourceLoss::Here);
+    rig.session.handle_demand(NOW, ChunkId(1));
+    rig.run();
+    rig.session.handle_disconnected(NOW);
+    assert!(failed(&rig.run()).is_empty());
+    assert_eq!(rig.session.source_loss(), SourceLoss::Away { since: NOW, failing: false });
+    rig
+}
+
+#[test]
+fn t27_a_guest_that_stalls_waits_for_its_source_for_as_long_as_it_takes() {
+    let mut rig = away(OnSourceLoss::Stall);
+    assert_eq!(rig.session.next_timeout(), None);
+    let later = NOW + Duration::from_secs(1_000_000);
+    rig.session.handle_timeout(later);
+    rig.session.handle_demand(later, ChunkId(2));
+    assert!(rig.run().is_empty());
+    let actions = rig.greet(8, 5);
+    assert_eq!(rig.session.source_loss(), SourceLoss::Here);
+    assert!(pulls(&actions).contains(&(1, true)) && pulls(&actions).contains(&(2, true)), "{actions:?}");
+}
+
+#[test]
+fn t27_what_waits_for_a_source_that_is_away_fails_after_the_grace_time_and_works_when_it_is_back() {
+    let mut rig = away(OnSourceLoss::Error { grace: GRACE });
+    assert_eq!(rig.session.next_timeout(), Some(NOW + GRACE));
+    rig.session.handle_timeout(NOW + GRACE - Duration::from_millis(1));
+    rig.session.handle_demand(NOW, ChunkId(1));
+    assert!(rig.run().is_empty(), "within the grace time it waits");
+    rig.session.handle_timeout(NOW + GRACE);
+    assert_eq!(failed(&rig.run()), [1, 1], "once for each time that it was asked for");
+    assert_eq!(rig.session.source_loss(), SourceLoss::Away { since: NOW, failing: true });
+    // At once from now on; what is here, or was never the source's, does not fail.
+    for chunk in [2, 1, 3, 5] {
+        rig.session.handle_demand(NOW, ChunkId(chunk));
+    }
+    assert_eq!(failed(&rig.run()), [2, 1]);
+    // A connection alone is no source: it must say that it is this one.
+    rig.session.handle_connected(NOW);
+    rig.session.handle_demand(NOW, ChunkId(2));
+    assert_eq!(failed(&rig.run()), [2]);
+    let actions = rig.hear(Message::Hello(hello(8, 5)));
+    assert_eq!(rig.session.source_loss(), SourceLoss::Here);
+    assert_eq!(
+        (pulls(&actions).len(), rig.session.progress().remaining_chunks),
+        (2, 2),
+        "nothing is forgotten"
+    );
+    rig.session.handle_demand(NOW, ChunkId(1));
+    assert_eq!(pulls(&rig.run()), [(1, true)]);
+    for chunk in [1, 2] {
+        rig.hear(data(chunk, 1, OFFERED, Purpose::Demand));
+        rig.installed(chunk, 1, Installed::Done);
+    }
+    assert_eq!(rig.session.step(), DestinationStep::Completing);
+}
+
+#[test]
+fn t27_the_grace_time_begins_anew_with_each_absence() {
+    let mut rig = away(OnSourceLoss::Error { grace: GRACE });
+    rig.greet(8, 5);
+    let again = NOW + Duration::from_secs(60);
+    rig.session.handle_disconnected(again);
+    rig.session.handle_timeout(again);
+    rig.session.handle_demand(again, ChunkId(1));
+    assert!(failed(&rig.run()).is_empty());
+    assert_eq!(rig.session.next_timeout(), Some(again + GRACE));
+}
+
+#[test]
+fn t27_a_pull_that_failed_fails_the_guest_too_once_the_source_is_gone() {
+    let mut rig = away(OnSourceLoss::Error { grace: GRACE });
+    rig.greet(8, 5);
+    rig.session.handle_demand(NOW, ChunkId(1));
+    rig.run();
+    rig.hear(Message::PullFailed { chunk: ChunkId(1), reason: Refusal::Io });
+    rig.session.handle_disconnected(NOW);
+    rig.run();
+    rig.session.handle_timeout(NOW + GRACE);
+    assert!(failed(&rig.run()).contains(&1));
+    assert_eq!(pulls(&rig.greet(8, 5)).len(), 2);
+}
+
+#[test]
+fn t27_a_restarted_owner_counts_its_source_as_away_until_it_has_come() {
+    let record = DestinationRecord {
+        migration: MigrationId([1; 16]),
+        incarnation: Incarnation(5),
+        base: facts().base,
+        stage: DestinationStage::Active { source_synced: true },
+        write_cache: true,
+        digest: RemainingDigest::default(),
+    };
+    let mut session = DestinationSession::resume(facts(), &record, OFFERED, [], [(ChunkId(1), 0)]);
+    session.set_on_source_loss(NOW, OnSourceLoss::Error { grace: GRACE });
+    assert_eq!(session.source_loss(), SourceLoss::Away { since: NOW, failing: false });
+    assert_eq!(session.next_timeout(), Some(NOW + GRACE));
+}

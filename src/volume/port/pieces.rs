@@ -43,6 +43,8 @@ impl Port {
         if op == RequestOp::Flush {
             if self.volume.flush_gate().is_open() {
                 self.start_sync(key);
+            } else if self.volume.flush_gate().is_failing() {
+                self.complete(key, Some(Status::IoError));
             } else {
                 self.held_flushes.push(key);
             }

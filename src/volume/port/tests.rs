@@ -293,6 +293,34 @@ fn a_closed_gate_holds_requests_and_a_closed_flush_gate_flushes() {
 }
 
 #[test]
+fn t27_a_flush_gate_that_fails_answers_what_it_held_and_holds_again() {
+    let disk = Disk::new(SIZE as u64, None);
+    let mut daemon = disk.open();
+    let wait = |daemon: &mut Daemon| loop {
+        let done = daemon.turn();
+        if !done.is_empty() {
+            return done;
+        }
+    };
+    daemon.volume.flush_gate().fail();
+    assert!(daemon.volume.flush_gate().is_open(), "what is open stays open");
+    daemon.volume.flush_gate().close();
+    let held = daemon.flush();
+    assert!(daemon.turn().is_empty());
+    daemon.volume.flush_gate().fail();
+    assert_eq!(wait(&mut daemon), [(held, Status::IoError)]);
+    let refused = daemon.flush();
+    assert_eq!(wait(&mut daemon), [(refused, Status::IoError)]);
+    daemon.volume.flush_gate().hold_again();
+    let held = daemon.flush();
+    assert!(daemon.turn().is_empty());
+    daemon.volume.flush_gate().open();
+    assert_eq!(wait(&mut daemon), [(held, Status::Ok)]);
+    daemon.volume.flush_gate().hold_again();
+    assert!(daemon.volume.flush_gate().is_open());
+}
+
+#[test]
 fn what_a_guest_may_not_ask_is_refused() {
     let disk = Disk::new(SIZE as u64, None);
     let daemon = disk.open_with(VolumeOptions { read_only: true, write_cache: true });
