@@ -20,3 +20,4 @@ pub mod set;
 pub mod source;
 pub mod standing;
 pub mod strategy;
+pub mod takeover;

@@ -60,6 +60,12 @@ pub enum StoreError {
         /// The directory.
         path: PathBuf,
     },
+    /// There is nothing to look at.
+    #[error("state directory {} holds no volume: it is empty, or the making of one was cut off", path.display())]
+    NoVolume {
+        /// The directory.
+        path: PathBuf,
+    },
     /// What was asked for is not what the directory holds.
     #[error("{} holds a volume with {what} {have}, not {asked}: {hint}", path.display())]
     Mismatch {

@@ -13,7 +13,7 @@ use rustix::fs::{
 };
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -102,14 +102,7 @@ impl Layer {
             return Err(refuse(detail.to_owned()));
         }
         let len = metadata.len();
-        let sound = match len.cmp(&size) {
-            std::cmp::Ordering::Less => false,
-            std::cmp::Ordering::Equal => true,
-            std::cmp::Ordering::Greater => {
-                is_empty_from(&file, size, len).map_err(StoreError::io("examine", path))?
-            }
-        };
-        if !sound {
+        if !is_sound(&file, size, len).map_err(StoreError::io("examine", path))? {
             return Err(refuse(format!("it has {len} bytes, the volume has {size}")));
         }
         if len > size {
@@ -233,6 +226,41 @@ impl Layer {
     /// The kernel's. After one, what was written before may be lost although a later sync succeeds.
     pub fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
+    }
+}
+
+/// What a look at a layer's file shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerLook {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its length in bytes; more than the volume has is what a crash leaves of a growth, and is cut off at a start.
+    pub len: u64,
+    /// Bytes that the file system has allocated for it.
+    pub allocated: u64,
+}
+
+/// Looks at a layer that must have `size` bytes, and refuses what [`Layer::open`] would; nothing is changed.
+pub(super) fn look(path: &Path, size: u64) -> Result<LayerLook, StoreError> {
+    let file = File::open(path).map_err(StoreError::io("open", path))?;
+    let metadata = file.metadata().map_err(StoreError::io("examine", path))?;
+    let refuse = |detail: String| StoreError::Layer { path: path.to_owned(), detail };
+    if !metadata.is_file() {
+        return Err(refuse("it is not a regular file".to_owned()));
+    }
+    let len = metadata.len();
+    if !is_sound(&file, size, len).map_err(StoreError::io("examine", path))? {
+        return Err(refuse(format!("it has {len} bytes, the volume has {size}")));
+    }
+    Ok(LayerLook { path: path.to_owned(), len, allocated: metadata.blocks() * 512 })
+}
+
+/// Whether a file of `len` bytes can be the layer of a volume of `size`.
+fn is_sound(file: &File, size: u64, len: u64) -> io::Result<bool> {
+    match len.cmp(&size) {
+        std::cmp::Ordering::Less => Ok(false),
+        std::cmp::Ordering::Equal => Ok(true),
+        std::cmp::Ordering::Greater => is_empty_from(file, size, len),
     }
 }
 

@@ -379,6 +379,11 @@ impl ChunkMap {
     }
 }
 
+/// The map as [`ChunkMap::open`] would find it; nothing is changed.
+pub(super) fn look(folder: &dyn Folder, owner: Owner) -> Result<Recovered, StoreError> {
+    Generations::list(folder)?.recover(folder, owner)
+}
+
 /// Removes files of generations before `generation`; what cannot be removed now is ignored and removed at a later
 /// opening.
 fn remove_before(folder: &dyn Folder, generation: u64) {
@@ -401,7 +406,16 @@ struct Generations {
 }
 
 impl Generations {
+    /// Lists them, and removes checkpoints that did not come to their end.
     fn find(folder: &dyn Folder) -> Result<Self, StoreError> {
+        let names = folder.list().map_err(StoreError::io("list", &folder.path("")))?;
+        for name in names.iter().filter(|name| name.starts_with("checkpoint.") && name.ends_with(TEMPORARY)) {
+            folder.remove(name).map_err(StoreError::io("remove", &folder.path(name)))?;
+        }
+        Self::list(folder)
+    }
+
+    fn list(folder: &dyn Folder) -> Result<Self, StoreError> {
         let names = folder.list().map_err(StoreError::io("list", &folder.path("")))?;
         let of = |prefix: &str| {
             let numbers = names.iter().filter_map(|name| name.strip_prefix(prefix)?.parse().ok());
@@ -409,9 +423,6 @@ impl Generations {
             numbers.sort_unstable();
             numbers
         };
-        for name in names.iter().filter(|name| name.starts_with("checkpoint.") && name.ends_with(TEMPORARY)) {
-            folder.remove(name).map_err(StoreError::io("remove", &folder.path(name)))?;
-        }
         Ok(Self { journals: of("journal."), checkpoints: of("checkpoint.") })
     }
 

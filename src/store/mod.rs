@@ -7,6 +7,7 @@
 //!   journal.g checkpoint.g  the chunk map: what of the layer is valid
 //!   record                the migration record
 //!   remaining             a destination's remaining set of the prepared epoch
+//!   forced recover.log    what an operator has forced, for the daemon and for people
 //!   lock                  held as long as the daemon lives
 //! ```
 //!
@@ -22,8 +23,10 @@ mod checkpoint;
 mod codec;
 mod error;
 pub mod fault;
+mod forced;
 mod journal;
 mod layer;
+mod look;
 mod map;
 pub mod medium;
 mod record;
@@ -31,16 +34,20 @@ mod remaining;
 mod runs;
 mod state_dir;
 mod superblock;
+mod takeover;
 
 pub use base::{BaseError, BaseImage, BoxFuture, LocalFile};
 pub use error::{GrowError, StoreError};
-pub use layer::{Grain, Layer};
+pub use forced::{Forced, utc};
+pub use layer::{Grain, Layer, LayerLook};
+pub use look::{Look, Missing, look};
 pub use map::{ChunkMap, ROTATE_AT, Recovered};
 pub use record::RecordFile;
 pub use remaining::RemainingRun;
 pub use runs::{Run, Transition};
 pub use state_dir::StateDir;
 pub use superblock::Superblock;
+pub use takeover::TakeOver;
 
 use crate::config::{CacheMode, Config};
 use crate::core::chunk::ChunkState;
@@ -288,8 +295,10 @@ impl Store {
         let punched = self.layer.punch(0, self.layer.size()).and_then(|()| self.layer.sync());
         punched.map_err(StoreError::io("empty", path))?;
         let folder = self.state.folder();
-        let removed = folder.remove(remaining::NAME).and_then(|()| folder.sync_dir());
-        removed.map_err(StoreError::io("remove", &folder.path(remaining::NAME)))
+        for name in [remaining::NAME, forced::NAME] {
+            folder.remove(name).map_err(StoreError::io("remove", &folder.path(name)))?;
+        }
+        folder.sync_dir().map_err(StoreError::io("sync", self.state.path()))
     }
 
     fn check_wipeable(&self) -> Result<(), StoreError> {

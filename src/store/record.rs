@@ -19,6 +19,7 @@ use crate::core::record::{
 };
 use parking_lot::Mutex;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 /// Name of the file.
@@ -157,6 +158,37 @@ fn decode_slot(bytes: &[u8]) -> Option<(u32, Option<Slot>)> {
     Some((version, Some(Slot { seq, boot, record: decode_record(body)? })))
 }
 
+/// The newest valid slot and its index; none while there is no record.
+fn newest(file: &dyn Medium, path: &Path) -> Result<Option<(u64, Slot)>, StoreError> {
+    let mut bytes = vec![0; 2 * SLOT];
+    file.read_at(&mut bytes, 0).map_err(StoreError::io("read", path))?;
+    let mut best: Option<(u64, Slot)> = None;
+    for (index, bytes) in (0..).zip(bytes.chunks(SLOT)) {
+        match decode_slot(bytes) {
+            Some((_, Some(slot))) if best.as_ref().is_none_or(|(_, best)| best.seq < slot.seq) => {
+                best = Some((index, slot));
+            }
+            Some((found, None)) => {
+                return Err(StoreError::Version { path: path.to_owned(), found, known: VERSION });
+            }
+            _ => {}
+        }
+    }
+    // The first record goes into slot 0, then into slot 1: while slot 1 is blank there is none.
+    if best.is_none() && bytes[SLOT..].iter().any(|byte| *byte != 0) {
+        return Err(StoreError::corrupt(path, "neither of its slots is valid"));
+    }
+    Ok(best)
+}
+
+/// The record as [`RecordFile::open`] would load it; nothing is changed.
+pub(super) fn look(folder: &dyn Folder, boot: BootId) -> Result<Option<(MigrationRecord, bool)>, StoreError> {
+    let path = folder.path(NAME);
+    let Some(file) = folder.open(NAME).map_err(StoreError::io("read", &path))? else { return Ok(None) };
+    let best = newest(file.as_ref(), &path)?;
+    Ok(best.map(|(_, slot)| (slot.record, slot.boot == boot)))
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Turn {
     seq: u64,
@@ -195,22 +227,7 @@ impl RecordFile {
                 file
             }
         };
-        let mut bytes = vec![0; 2 * SLOT];
-        file.read_at(&mut bytes, 0).map_err(io)?;
-        let mut best: Option<(u64, Slot)> = None;
-        for (index, bytes) in (0..).zip(bytes.chunks(SLOT)) {
-            match decode_slot(bytes) {
-                Some((_, Some(slot))) if best.as_ref().is_none_or(|(_, best)| best.seq < slot.seq) => {
-                    best = Some((index, slot));
-                }
-                Some((found, None)) => return Err(StoreError::Version { path, found, known: VERSION }),
-                _ => {}
-            }
-        }
-        // The first record goes into slot 0, then into slot 1: while slot 1 is blank there is none.
-        if best.is_none() && bytes[SLOT..].iter().any(|byte| *byte != 0) {
-            return Err(StoreError::corrupt(&path, "neither of its slots is valid"));
-        }
+        let best = newest(file.as_ref(), &path)?;
         let turn =
             Turn { seq: best.as_ref().map_or(0, |(_, slot)| slot.seq), newest: best.as_ref().map(|b| b.0) };
         let loaded = best.map(|(_, slot)| (slot.record, slot.boot == boot));

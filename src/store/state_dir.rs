@@ -8,7 +8,7 @@
 use super::error::StoreError;
 use super::medium::{Directory, Folder, TEMPORARY};
 use super::superblock::{self, Superblock};
-use super::{checkpoint, journal, layer, record, remaining};
+use super::{checkpoint, forced, journal, layer, record, remaining};
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -40,10 +40,7 @@ impl StateDir {
     pub fn claim(path: &Path) -> Result<Self, StoreError> {
         std::fs::create_dir_all(path).map_err(StoreError::io("make", path))?;
         let folder = Directory::open(path).map_err(StoreError::io("open", path))?;
-        let names = folder.list().map_err(StoreError::io("list", path))?;
-        if let Some(foreign) = names.iter().find(|name| !is_ours(name)) {
-            return Err(StoreError::foreign(path, format!("holds {foreign}, which is no file of a volume")));
-        }
+        check_names(path)?;
         let lock = lock(path)?;
         Ok(Self { path: path.to_owned(), folder: Arc::new(folder), _lock: lock })
     }
@@ -68,11 +65,7 @@ impl StateDir {
 
     /// Removes what is left of the making of a volume that was cut off, unless there is data in it.
     pub(super) fn clear_remains(&self) -> Result<(), StoreError> {
-        let data = std::fs::metadata(self.path.join(layer::NAME)).is_ok_and(|layer| layer.blocks() > 0);
-        if data {
-            let path = self.folder.path(superblock::NAME);
-            return Err(StoreError::corrupt(&path, "it is missing, and the layer holds data"));
-        }
+        check_remains(&self.path)?;
         let names = self.folder.list().map_err(StoreError::io("list", &self.path))?;
         for name in names.iter().filter(|name| *name != LOCK) {
             self.folder.remove(name).map_err(StoreError::io("remove", &self.folder.path(name)))?;
@@ -81,13 +74,53 @@ impl StateDir {
     }
 }
 
+/// Refuses a directory without a superblock that has data in it.
+pub(super) fn check_remains(dir: &Path) -> Result<(), StoreError> {
+    let data = std::fs::metadata(dir.join(layer::NAME)).is_ok_and(|layer| layer.blocks() > 0);
+    if data {
+        let path = dir.join(superblock::NAME);
+        return Err(StoreError::corrupt(&path, "it is missing, and the layer holds data"));
+    }
+    Ok(())
+}
+
+fn check_names(dir: &Path) -> Result<(), StoreError> {
+    for entry in std::fs::read_dir(dir).map_err(StoreError::io("list", dir))? {
+        let name = entry.map_err(StoreError::io("list", dir))?.file_name().to_string_lossy().into_owned();
+        if !is_ours(&name) {
+            return Err(StoreError::foreign(dir, format!("holds {name}, which is no file of a volume")));
+        }
+    }
+    Ok(())
+}
+
+/// Takes the lock of a directory without changing a byte of it: no daemon starts as long as the file is open. A
+/// directory that has no lock has never had a daemon, or is a copy.
+///
+/// # Errors
+/// `InUse`, `Foreign`, `Io`.
+pub(super) fn peek(dir: &Path) -> Result<Option<File>, StoreError> {
+    check_names(dir)?;
+    let path = dir.join(LOCK);
+    match File::open(&path) {
+        Ok(mut file) => exclusive(&mut file, dir).map(|()| Some(file)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(StoreError::io("open", &path)(error)),
+    }
+}
+
 /// Whether a file of this name can be a volume's.
 fn is_ours(name: &str) -> bool {
+    if name == forced::LOG {
+        return true;
+    }
     let name = name.strip_suffix(TEMPORARY).unwrap_or(name);
     let numbered = name.split_once('.').and_then(|(_, number)| number.parse::<u64>().ok());
     match numbered {
         Some(number) => name == journal::name(number) || name == checkpoint::name(number),
-        None => [superblock::NAME, layer::NAME, record::NAME, remaining::NAME, LOCK].contains(&name),
+        None => {
+            [superblock::NAME, layer::NAME, record::NAME, remaining::NAME, forced::NAME, LOCK].contains(&name)
+        }
     }
 }
 
@@ -100,21 +133,26 @@ fn lock(dir: &Path) -> Result<File, StoreError> {
         .truncate(false)
         .open(&path)
         .map_err(StoreError::io("open", &path))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let mut text = String::new();
-            // Only for the message: the holder may be writing it right now.
-            let known = file.read_to_string(&mut text).is_ok() && !text.trim().is_empty();
-            let pid = if known { text.trim().to_owned() } else { "?".to_owned() };
-            return Err(StoreError::InUse { path: dir.to_owned(), pid });
-        }
-        Err(errno) => return Err(StoreError::io("lock", &path)(errno.into())),
-    }
+    exclusive(&mut file, dir)?;
     let mut named = || {
         file.set_len(0)?;
         writeln!(file, "{}", std::process::id())
     };
     named().map_err(StoreError::io("write", &path))?;
     Ok(file)
+}
+
+/// Locks the open lock file, or tells who has it.
+fn exclusive(file: &mut File, dir: &Path) -> Result<(), StoreError> {
+    match flock(&*file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut text = String::new();
+            // Only for the message: the holder may be writing it right now.
+            let known = file.read_to_string(&mut text).is_ok() && !text.trim().is_empty();
+            let pid = if known { text.trim().to_owned() } else { "?".to_owned() };
+            Err(StoreError::InUse { path: dir.to_owned(), pid })
+        }
+        Err(errno) => Err(StoreError::io("lock", &dir.join(LOCK))(errno.into())),
+    }
 }
