@@ -131,7 +131,7 @@ fn status_of(code: &str) -> StatusCode {
         "invalid" => StatusCode::BAD_REQUEST,
         "none" | "not-found" => StatusCode::NOT_FOUND,
         "method-not-allowed" => StatusCode::METHOD_NOT_ALLOWED,
-        "busy" | "not-owner" | "handed-over" | "faulty" => StatusCode::CONFLICT,
+        "busy" | "not-owner" | "handed-over" | "faulty" | "not-whole" => StatusCode::CONFLICT,
         "too-large" => StatusCode::PAYLOAD_TOO_LARGE,
         "not-supported" | "shrink" | "limit" => StatusCode::UNPROCESSABLE_ENTITY,
         "no-space" => StatusCode::INSUFFICIENT_STORAGE,

@@ -86,6 +86,7 @@ fn volume(out: &mut DescriptorEncoder<'_>, volume: &VolumeStatus) -> fmt::Result
     )?;
     gauge(out, "blkferry_volume_epoch", "Fencing number of the volume's ownership", volume.epoch)?;
     gauge(out, "blkferry_volume_fault", "1 if the volume has a fault", u64::from(!volume.fault.is_empty()))?;
+    gauge(out, "blkferry_lost_chunks", "Chunks of which a part is lost for good", volume.lost_chunks)?;
     gauge(
         out,
         "blkferry_source_away",

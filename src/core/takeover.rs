@@ -97,7 +97,7 @@ pub fn takeover(role: Option<&Role>) -> Takeover {
             SourceStage::Pushing => Takeover::Owner,
             SourceStage::Offered => Takeover::Possible(Was::Offered),
             SourceStage::Relinquished { .. } => Takeover::Possible(Was::Relinquished),
-            SourceStage::Released => Takeover::Possible(Was::Released),
+            SourceStage::Released { .. } => Takeover::Possible(Was::Released),
         },
         Some(Role::Destination(destination)) => match destination.stage {
             DestinationStage::Receiving => Takeover::Torn,
@@ -187,7 +187,7 @@ mod tests {
             (source(SourceStage::Offered), possible(Was::Offered)),
             (source(SourceStage::Relinquished { synced: false }), possible(Was::Relinquished)),
             (source(SourceStage::Relinquished { synced: true }), possible(Was::Relinquished)),
-            (source(SourceStage::Released), possible(Was::Released)),
+            (source(SourceStage::Released { synced: true }), possible(Was::Released)),
             (destination(DestinationStage::Receiving), Takeover::Torn),
             (destination(DestinationStage::Prepared), possible(Was::Prepared)),
             (destination(DestinationStage::Active { source_synced: false }), possible(Was::Active)),

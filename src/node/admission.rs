@@ -57,6 +57,17 @@ fn deny(code: &str, message: &str) -> Admission {
     Admission::Deny(Denied::new(code, message))
 }
 
+/// Why a disk of which chunks are lost neither moves nor grows: its loss would travel as content, or be spread.
+pub(super) fn not_whole(lost: u64) -> Denied {
+    Denied::new(
+        "not-whole",
+        format!(
+            "{lost} chunks of this disk are lost (blkferry recover shows where): the guest must write them first, or \
+             settle them with blkferry recover --force serve --lost-chunks"
+        ),
+    )
+}
+
 /// May a migration be armed?
 #[must_use]
 pub(super) fn migrate(standing: Standing) -> Admission {

@@ -222,6 +222,7 @@ async fn build(config: Config, store: Store, plumbing: Plumbing) -> Result<Node,
     let Plumbing { inputs, snapshots, throttle, tls } = plumbing;
     let superblock = store.superblock();
     let recorded = store.record.load();
+    let forced = store.forced()?;
     // An adopted image is a disk already.
     let fresh = superblock.layer_path.is_none();
     let options = VolumeOptions { read_only: config.read_only, write_cache: !superblock.write_through };
@@ -271,6 +272,7 @@ async fn build(config: Config, store: Store, plumbing: Plumbing) -> Result<Node,
         started: Instant::now(),
         fault: String::new(),
         source_watch: super::away::SourceWatch::default(),
+        forced: super::forced::ForcedOwner::new(forced),
         shown: None,
         config,
     };

@@ -12,7 +12,7 @@ use crate::core::record::SourceStage;
 use crate::peer::{Features, LinkEvent, LinkSender, PeerLink};
 
 /// Refuses a source that cannot be served.
-fn turn_away(link: &PeerLink, why: &str) {
+pub(super) fn turn_away(link: &PeerLink, why: &str) {
     log::warn!("a migration source at {} was turned away: {why}", link.peer);
     // The peer may be gone already.
     let _ = link.tx.send(Message::Refuse { reason: Refusal::Busy, text: why.to_owned() });
@@ -26,6 +26,7 @@ fn wire_bytes(link: &LinkSender) -> u64 {
 
 impl Node {
     pub(super) fn on_accepted(&mut self, link: PeerLink) {
+        let Some(link) = self.meet_given_up(link) else { return };
         let refusal = match &self.role {
             RoleDriver::Serving => Some("this daemon serves a disk of its own"),
             RoleDriver::Source(source) if !matches!(source.session.stage(), SourceStage::Released { .. }) => {

@@ -9,6 +9,7 @@ mod away;
 pub mod daemon;
 mod destination;
 mod drain;
+mod forced;
 mod holds;
 mod input;
 mod jobs;
@@ -16,6 +17,7 @@ mod links;
 #[allow(clippy::module_inception)]
 mod node;
 mod publish;
+pub mod recover;
 mod report;
 mod resize;
 mod signals;

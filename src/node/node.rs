@@ -16,6 +16,7 @@ use super::admission::{self, Admission, Standing};
 use super::away::SourceWatch;
 use super::destination::DestinationDriver;
 use super::drain::DrainPace;
+use super::forced::ForcedOwner;
 use super::holds::Holds;
 use super::input::{Done, Input};
 use super::jobs::Jobs;
@@ -85,6 +86,7 @@ pub(super) struct Node {
     pub(super) started: Instant,
     pub(super) fault: String,
     pub(super) source_watch: SourceWatch,
+    pub(super) forced: ForcedOwner,
     /// What the last snapshot says.
     pub(super) shown: Option<(Standing, MigrationState)>,
 }
@@ -247,6 +249,9 @@ impl Node {
                 let result = match admission::migrate(self.standing()) {
                     Admission::Accept if self.resizing.is_some() => {
                         Err(Denied::new("busy", "the volume is being resized: ask again"))
+                    }
+                    Admission::Accept if self.lost_chunks() > 0 => {
+                        Err(admission::not_whole(self.lost_chunks()))
                     }
                     Admission::Accept => self.arm(&request),
                     Admission::Deny(denied) => Err(denied),

@@ -98,6 +98,8 @@ impl Node {
             chunks: self.chunk_counts(),
             io,
             source: self.source_status(),
+            lost_chunks: self.lost_chunks(),
+            forced: self.forced_words(),
             fault: self.fault.clone(),
         }
     }

@@ -23,6 +23,7 @@ impl Node {
             Admission::Accept if self.resizing.is_some() => {
                 Some(Denied::new("busy", "the volume is being resized: ask again"))
             }
+            Admission::Accept if self.lost_chunks() > 0 => Some(admission::not_whole(self.lost_chunks())),
             Admission::Accept => self.volume.fault().map(|fault| Denied::new("faulty", fault)),
         };
         match denied {

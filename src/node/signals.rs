@@ -216,10 +216,7 @@ impl Node {
             VolumeEvent::Demand { chunk, origin: Origin::Base } => self.jobs.fetch_for_guest(chunk),
             VolumeEvent::Demand { chunk, origin: Origin::Source } => match self.destination_mut() {
                 Some(destination) => destination.session.handle_demand(now, chunk),
-                None => {
-                    log::error!("{chunk} is said to be at a migration source, but there is none");
-                    self.fail_waiting(chunk);
-                }
+                None => self.lost_demand(chunk),
             },
             VolumeEvent::Overwritten(chunk) => {
                 if let Some(destination) = self.destination_mut() {

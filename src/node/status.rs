@@ -200,6 +200,10 @@ pub struct VolumeStatus {
     pub io: IoCounts,
     /// What becomes of requests that need a migration source that is away.
     pub source: SourceStatus,
+    /// Chunks of which a part is lost for good (`blkferry recover`): reads of it give I/O errors.
+    pub lost_chunks: u64,
+    /// That this side was made the owner by force, and when; empty if it was not.
+    pub forced: String,
     /// What is wrong with the volume, empty if nothing.
     pub fault: String,
 }
@@ -287,7 +291,7 @@ pub struct Snapshot {
 #[error("{code}: {message}")]
 pub struct Denied {
     /// A stable word, for programs: `busy`, `not-owner`, `not-supported`, `invalid`, `handed-over`, `none`,
-    /// `shrink`, `limit`, `no-space`, `faulty`, `internal`.
+    /// `shrink`, `limit`, `no-space`, `faulty`, `not-whole`, `internal`.
     pub code: String,
     /// A sentence, for people.
     pub message: String,

@@ -9,7 +9,9 @@
 use super::error::StoreError;
 use super::layer::LayerLook;
 use super::medium::{Folder, Medium};
-use super::{BootId, Forced, Recovered, Run, Superblock, forced, layer, map, record, remaining, state_dir};
+use super::{
+    BootId, Forced, Recovered, Run, StateDir, Superblock, forced, layer, map, record, remaining, state_dir,
+};
 use crate::core::chunk::ChunkState;
 use crate::core::geometry::{BlockMask, ChunkId, Geometry};
 use crate::core::message::{Epoch, Version};
@@ -139,7 +141,11 @@ pub fn look(dir: &Path) -> Result<Look, StoreError> {
 ///
 /// # Errors
 /// As [`look`].
-pub(super) fn look_at(dir: &Path, lock: Option<File>) -> Result<Look, StoreError> {
+pub fn look_in(state: &StateDir) -> Result<Look, StoreError> {
+    look_at(state.path(), None)
+}
+
+fn look_at(dir: &Path, lock: Option<File>) -> Result<Look, StoreError> {
     let boot =
         BootId::current().map_err(StoreError::io("read", Path::new("/proc/sys/kernel/random/boot_id")))?;
     let folder = ReadOnlyDirectory(dir.to_owned());

@@ -7,7 +7,7 @@ use crate::config::CacheMode;
 use crate::core::message::{BaseIdentity, Incarnation, MigrationId, RemainingDigest, VolumeId};
 use crate::core::record::DestinationRecord;
 use crate::core::takeover::{LostChunks, Was, forced_epoch};
-use crate::store::{RemainingRun, StateDir, Store, StoreParams, TakeOver, Transition};
+use crate::store::{RemainingRun, Store, StoreParams, TakeOver, Transition};
 use std::collections::BTreeMap;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
@@ -169,7 +169,7 @@ fn after_a_host_crash_without_a_commit_all_that_came_counts_as_not_come() {
 
 fn take_over(dir: &Path, lost: LostChunks) -> Result<(), StoreError> {
     let state = StateDir::claim(dir).unwrap();
-    let found = look_at(dir, None).unwrap();
+    let found = look_in(&state).unwrap();
     let (chunks, bytes) = (missing(&found).chunks, missing(&found).bytes);
     let (MigrationRecord::V1 { role, .. }, _) = found.record.as_ref().unwrap();
     let forced = matches!(role, Role::Destination(_)).then_some((

@@ -40,7 +40,7 @@ pub use base::{BaseError, BaseImage, BoxFuture, LocalFile};
 pub use error::{GrowError, StoreError};
 pub use forced::{Forced, utc};
 pub use layer::{Grain, Layer, LayerLook};
-pub use look::{Look, Missing, look};
+pub use look::{Look, Missing, look, look_in};
 pub use map::{ChunkMap, ROTATE_AT, Recovered};
 pub use record::RecordFile;
 pub use remaining::RemainingRun;

@@ -58,7 +58,7 @@ fn help_lists_what_there_is_and_no_more() {
     let output = Command::new(env!("CARGO_BIN_EXE_blkferry")).arg("--help").output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     let text = stdout(&output);
-    for verb in ["status", "migrate", "cancel", "resize", "watch", "metrics"] {
+    for verb in ["status", "migrate", "cancel", "resize", "watch", "metrics", "recover"] {
         assert!(text.contains(verb), "{text}");
     }
     assert!(!text.contains("image"), "{text}");

@@ -5,17 +5,18 @@ use crate::world::{Setup, World};
 use blkferry::node::status::{SourceLossPolicy, StrategyName};
 use std::time::Duration;
 
-const SOURCE: usize = 0;
-const DESTINATION: usize = 1;
+pub const SOURCE: usize = 0;
+pub const DESTINATION: usize = 1;
 /// Sectors of a chunk.
-const CHUNK: u64 = 128;
+pub const CHUNK: u64 = 128;
 /// Chunks that have content when the guest moves.
 const FULL: u64 = 100;
 
 /// The guest runs at the destination, most of its disk is at the source, and the source is killed.
-fn orphan(seed: u64, args: &[&str]) -> World {
-    let mut world = World::new(Setup { seed, bandwidth: 1 << 20, ..Setup::default() });
+pub fn orphan(seed: u64, base: Option<[Vec<u8>; 2]>, args: &[&str]) -> World {
+    let mut world = World::new(Setup { seed, base, bandwidth: 512 << 10, ..Setup::default() });
     world.idle = true;
+    world.settle();
     world.expected.push("the migration source is still away");
     world.sides[DESTINATION].change(args);
     for chunk in 0..FULL {
@@ -43,7 +44,7 @@ fn back(world: &mut World) {
 
 #[test]
 fn t27_a_guest_that_stalls_waits_until_its_source_is_back() {
-    let mut world = orphan(300, &[]);
+    let mut world = orphan(300, None, &[]);
     let [one, other] = remote(&world);
     world.read(one * CHUNK..one * CHUNK + 8);
     world.read(other * CHUNK..other * CHUNK + 8);
@@ -64,7 +65,7 @@ fn t27_a_guest_that_stalls_waits_until_its_source_is_back() {
 
 #[test]
 fn t27_a_guest_that_wants_errors_gets_them_until_its_source_is_back() {
-    let mut world = orphan(301, &["--on-source-loss", "error", "--source-grace", "1"]);
+    let mut world = orphan(301, None, &["--on-source-loss", "error", "--source-grace", "1"]);
     let [one, other] = remote(&world);
     world.writer.may_fail = true;
     world.read(one * CHUNK..one * CHUNK + 8);
@@ -97,7 +98,7 @@ fn t27_a_guest_that_wants_errors_gets_them_until_its_source_is_back() {
 
 #[test]
 fn t27_a_restarted_destination_still_gives_errors_and_recovers() {
-    let mut world = orphan(302, &["--on-source-loss", "error", "--source-grace", "0"]);
+    let mut world = orphan(302, None, &["--on-source-loss", "error", "--source-grace", "0"]);
     let [one, _] = remote(&world);
     world.sides[DESTINATION].kill();
     world.sides[DESTINATION].spawn();

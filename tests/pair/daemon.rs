@@ -7,7 +7,7 @@ use std::fs::File;
 use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// Longest wait for anything that must come.
@@ -124,6 +124,17 @@ impl Daemon {
         self.terminate();
         self.args.extend(more.iter().map(|arg| (*arg).to_owned()));
         self.spawn();
+    }
+
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    /// `blkferry recover --state-dir ..` with these words more.
+    pub fn recover(&self, words: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blkferry"));
+        command.args(["recover", "--json", "--state-dir"]).arg(self.state_dir()).args(words);
+        command.stdin(Stdio::null()).output().unwrap()
     }
 
     /// A value of the metrics.

@@ -20,6 +20,7 @@ mod disks;
 mod guest;
 mod kills;
 mod moves;
+mod recover;
 mod resize;
 mod returns;
 mod world;

@@ -204,6 +204,24 @@ impl Writer {
         }
     }
 
+    /// What the disk holds now.
+    pub fn snapshot(&self) -> Vec<u64> {
+        assert!(self.pending.is_empty());
+        self.record.clone()
+    }
+
+    /// The disk is what it was.
+    pub fn restore(&mut self, record: Vec<u64>) {
+        assert!(self.pending.is_empty());
+        self.record = record;
+    }
+
+    /// These bytes are lost and have become zeros, or the base image's.
+    pub fn lose(&mut self, bytes: Range<u64>, to_base: bool) {
+        let (first, end) = (bytes.start as usize / SECTOR, bytes.end as usize / SECTOR);
+        self.record[first..end].fill(if to_base { BASE } else { 0 });
+    }
+
     pub fn in_flight(&self) -> usize {
         self.pending.len()
     }

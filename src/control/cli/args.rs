@@ -9,6 +9,7 @@
 use crate::control::client::Client;
 use crate::control::follow::{DiskPlan, Hypervisor, Plan};
 use crate::control::size;
+use crate::core::takeover::LostChunks;
 use crate::node::status::{MigrationRequest, StartMode, StrategyName};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
@@ -69,6 +70,8 @@ enum Words {
     Watch(Sockets),
     /// Print the metrics
     Metrics(Sockets),
+    /// Explain a state directory without its daemon, and take the disk by force when the other side is lost for good
+    Recover(Recover),
 }
 
 /// What to do.
@@ -86,6 +89,58 @@ pub enum Verb {
     Watch,
     /// Print the metrics.
     Metrics,
+    /// Explain a state directory, and take the disk by force.
+    Recover(Recover),
+}
+
+/// The flags of `recover`.
+#[derive(Debug, clap::Args)]
+pub struct Recover {
+    /// The daemon's --state-dir; no daemon may run on it
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: PathBuf,
+    /// Where the base image is, if not where it was
+    #[arg(long, value_name = "URL")]
+    pub base: Option<String>,
+    /// Make this side the owner of the disk although its record does not say so; only tells what that loses, without
+    /// --accept-loss
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub force: Option<Force>,
+    /// Accept that what was told is lost
+    #[arg(long, requires = "force")]
+    pub accept_loss: bool,
+    /// What becomes of chunks that only the lost side had: I/O errors until the guest writes them, zeros, or the base
+    /// image's content
+    #[arg(long, value_enum, default_value_t = Lost::Error)]
+    pub lost_chunks: Lost,
+}
+
+/// What may be forced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Force {
+    /// This side owns the disk and serves it
+    Serve,
+}
+
+/// What becomes of lost chunks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Lost {
+    /// I/O errors
+    Error,
+    /// Zeros
+    Zero,
+    /// The base image's content
+    Base,
+}
+
+impl From<Lost> for LostChunks {
+    fn from(lost: Lost) -> Self {
+        match lost {
+            Lost::Error => Self::Error,
+            Lost::Zero => Self::Zero,
+            Lost::Base => Self::Base,
+        }
+    }
 }
 
 /// A disk and where it goes: `API_SOCKET=HOST:PORT`. An address has no `=`, a path may have one: the last one counts.
@@ -229,6 +284,11 @@ impl Line {
             Words::Resize { sockets, size } => (false, sockets, Verb::Resize(size)),
             Words::Watch(after) => (false, after, Verb::Watch),
             Words::Metrics(after) => (false, after, Verb::Metrics),
+            // Asks no daemon.
+            Words::Recover(recover) => {
+                let verb = Verb::Recover(recover);
+                return Ok(Args { sockets: Vec::new(), json: self.json, verb });
+            }
         };
         let mut sockets = self.sockets.api_socket;
         sockets.extend(after.api_socket);
@@ -295,6 +355,20 @@ mod tests {
     }
 
     #[test]
+    fn recover_needs_no_daemon_and_forces_nothing_by_itself() {
+        let recover = |line: &str| match parse(line).unwrap().verb {
+            Verb::Recover(recover) => recover,
+            other => panic!("{other:?}"),
+        };
+        let plain = recover("recover --state-dir /s");
+        assert_eq!((plain.force, plain.accept_loss, plain.lost_chunks), (None, false, Lost::Error));
+        let all =
+            recover("recover --state-dir /s --base /b --force serve --accept-loss --lost-chunks base --json");
+        assert_eq!((all.force, all.accept_loss, all.lost_chunks), (Some(Force::Serve), true, Lost::Base));
+        assert_eq!(LostChunks::from(all.lost_chunks), LostChunks::Base);
+    }
+
+    #[test]
     fn every_flag_of_migrate_arrives() {
         let plan = plan(
             "migrate --api-socket /a --to tcp:h:1 --strategy precopy --threshold 9 --connections 4 \
@@ -324,6 +398,10 @@ mod tests {
             ("--api-socket /a migrate --to h:1 --qmp /q --vm-uri u --no-wait", ErrorKind::ArgumentConflict),
             ("--api-socket /a migrate --to h:1 --strategy magic", ErrorKind::InvalidValue),
             ("--api-socket /a migrate --to h:1 --bandwidth fast", ErrorKind::ValueValidation),
+            ("recover", ErrorKind::MissingRequiredArgument),
+            ("recover --state-dir /s --accept-loss", ErrorKind::MissingRequiredArgument),
+            ("recover --state-dir /s --force all", ErrorKind::InvalidValue),
+            ("recover --state-dir /s --lost-chunks guess", ErrorKind::InvalidValue),
             ("--api-socket /a image info", ErrorKind::InvalidSubcommand),
             ("--api-socket /a --api-socket /b migrate --to h:1", ErrorKind::ArgumentConflict),
             ("--api-socket /a migrate --to h:1 --api-socket /b", ErrorKind::ArgumentConflict),

@@ -6,6 +6,7 @@
 
 pub mod args;
 pub mod progress;
+pub mod recover;
 pub mod render;
 mod several;
 pub mod summary;
@@ -13,6 +14,7 @@ pub mod total;
 
 use crate::control::client::{Change, Client, ClientError};
 use crate::control::follow::{self, DiskPlan, FollowError};
+use crate::node::recover::RecoverError;
 use crate::node::status::{MigrationStatus, Snapshot};
 use args::{Args, Migrate, Verb};
 use progress::Progress;
@@ -38,6 +40,9 @@ pub enum CliError {
     /// A migration was not armed.
     #[error(transparent)]
     Follow(#[from] FollowError),
+    /// A state directory was not explained, or not forced.
+    #[error(transparent)]
+    Recover(#[from] RecoverError),
     /// The answer cannot be written.
     #[error("cannot write the answer: {0}")]
     Output(#[from] io::Error),
@@ -51,6 +56,7 @@ impl CliError {
         match self {
             Self::Client(error) => error.code(),
             Self::Follow(error) => error.code(),
+            Self::Recover(error) => error.code(),
             Self::Output(_) | Self::Json(_) => "output",
         }
     }
@@ -62,6 +68,7 @@ pub async fn run(args: Args) -> ExitCode {
     let done = match args.verb {
         Verb::Migrate(migrate) if migrate.no_wait => arm(*migrate, json).await,
         Verb::Migrate(migrate) => move_disks(*migrate, json).await,
+        Verb::Recover(recover) => recover::run(&recover, json),
         verb => ask(args.sockets, verb, json).await,
     };
     match done {
@@ -91,7 +98,9 @@ async fn ask(sockets: Vec<PathBuf>, verb: Verb, json: bool) -> Result<ExitCode, 
         (Verb::Watch, [client, ..]) => watch(client, json).await,
         (Verb::Metrics, [client, ..]) => metrics(client, json).await,
         // `args` lets none of these through.
-        (Verb::Resize(_) | Verb::Watch | Verb::Metrics | Verb::Migrate(_), _) => Ok(ExitCode::FAILURE),
+        (Verb::Resize(_) | Verb::Watch | Verb::Metrics | Verb::Migrate(_) | Verb::Recover(_), _) => {
+            Ok(ExitCode::FAILURE)
+        }
     }
 }
 

@@ -68,6 +68,10 @@ fn volume(volume: &VolumeStatus) -> String {
         ),
     );
     block.row("source", source(&volume.source));
+    if volume.lost_chunks > 0 {
+        block.row("LOST", format!("{} chunks: reads of what is lost fail", volume.lost_chunks));
+    }
+    block.row("forced", &volume.forced);
     block.row("FAULT", &volume.fault);
     block.text
 }
@@ -89,7 +93,9 @@ fn source(source: &SourceStatus) -> String {
     format!("AWAY for {since}: {what} ({} wait, {} have failed)", source.waiting, source.failed)
 }
 
-fn chunks(counts: &ChunkCounts) -> String {
+/// The states that some chunk is in.
+#[must_use]
+pub fn chunks(counts: &ChunkCounts) -> String {
     let all = [
         ("base", counts.base),
         ("zero", counts.zero),
