@@ -20,7 +20,7 @@ use crate::core::set::ChunkSet;
 use crate::frontend::features;
 use crate::frontend::server::{Frontend, Options};
 use crate::peer::{LinkEvent, LinkOptions, ListenParams, Listener, PeerLink, Throttle, TlsClient, TlsServer};
-use crate::store::{StateDir, Store, StoreParams};
+use crate::store::{StateDir, Store, StoreError, StoreParams};
 use crate::volume::{Closed, Transfer, Volume, VolumeOptions};
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -326,7 +326,12 @@ impl Node {
     /// The source's modified set as it was at the offer, with its write counts.
     fn modified_at_source(&self) -> Result<Vec<(ChunkId, u8)>, NodeError> {
         let stored = self.store.load_remaining()?.filter(|(epoch, _)| *epoch == self.epoch);
-        let runs = stored.map(|(_, runs)| runs).unwrap_or_default();
+        // It was durable before the record that needs it: to take none for an empty one would be to invent a disk.
+        let Some((_, runs)) = stored else {
+            let path = self.store.dir().join("remaining");
+            let detail = "it is missing, or of another epoch".to_owned();
+            return Err(StoreError::Corrupt { path, detail }.into());
+        };
         let chunks = runs.into_iter().flat_map(|run| {
             (run.first.0..run.first.0.saturating_add(run.run)).map(move |chunk| (ChunkId(chunk), run.count))
         });

@@ -50,6 +50,7 @@ impl RecoverError {
             Self::Store(StoreError::Corrupt { .. }) => "damaged",
             Self::Store(StoreError::Version { .. }) => "version",
             Self::Store(StoreError::NoVolume { .. }) => "empty",
+            Self::Store(StoreError::Base(_) | StoreError::Mismatch { .. }) => "base",
             Self::Store(_) => "unreadable",
         }
     }
@@ -199,3 +200,6 @@ fn begins(facts: &Facts, forced: Option<&Forced>, lost: LostChunks, now: u64) ->
     }
     text
 }
+
+#[cfg(test)]
+mod tests;
