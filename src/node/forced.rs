@@ -9,10 +9,13 @@
 use super::links;
 use super::node::{Node, RoleDriver};
 use crate::core::geometry::ChunkId;
-use crate::core::message::{Epoch, Hello, Message, VolumeId, Welcome};
+use crate::core::message::{Epoch, Hello, Message, Refusal, VolumeId, Welcome};
 use crate::core::takeover::Was;
 use crate::peer::{LinkEvent, PeerLink};
 use crate::store::{Forced, utc};
+use log::Level;
+use std::cell::Cell;
+use std::rc::Rc;
 use std::time::Duration;
 use tokio::task::spawn_local;
 use tokio::time::timeout;
@@ -25,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) struct ForcedOwner {
     forced: Option<Forced>,
     told_of_loss: bool,
+    /// The source that was given up has come back: it goes on trying for ever, and the log has had it once.
+    met: Rc<Cell<bool>>,
 }
 
 impl ForcedOwner {
@@ -33,7 +38,7 @@ impl ForcedOwner {
         if let Some(forced) = &forced {
             log::warn!("{}", in_words(forced));
         }
-        Self { forced, told_of_loss: false }
+        Self { forced, told_of_loss: false, met: Rc::default() }
     }
 }
 
@@ -81,8 +86,8 @@ impl Node {
         if forced.was.is_source() {
             return Some(link);
         }
-        let volume = self.volume_id;
-        spawn_local(async move { meet(link, forced, volume).await });
+        let (volume, met) = (self.volume_id, Rc::clone(&self.forced.met));
+        spawn_local(async move { meet(link, forced, volume, &met).await });
         None
     }
 }
@@ -95,7 +100,7 @@ async fn next(link: &mut PeerLink) -> Option<Message> {
 }
 
 /// Hears who connects, and turns it away, the source that was given up with the reason.
-async fn meet(mut link: PeerLink, forced: Forced, volume: VolumeId) {
+async fn meet(mut link: PeerLink, forced: Forced, volume: VolumeId, met: &Cell<bool>) {
     let Some(Message::Hello(hello)) = next(&mut link).await else { return link.tx.close() };
     if hello.migration != forced.migration || hello.volume != volume {
         return links::turn_away(&link, "this daemon serves a disk of its own");
@@ -105,16 +110,24 @@ async fn meet(mut link: PeerLink, forced: Forced, volume: VolumeId) {
         utc(forced.at),
         forced.after.0
     );
+    let level = if met.replace(true) { Level::Debug } else { Level::Warn };
     if forced.was == Was::Prepared {
-        fence(&mut link, &hello, forced.before).await;
+        fence(&mut link, &hello, forced.before, level).await;
     }
-    links::turn_away(&link, &why);
+    log::log!(level, "the source at {} was turned away: {why}", link.peer);
+    // The peer may be gone already.
+    let _ = link.tx.send(Message::Refuse { reason: Refusal::Busy, text: why });
+    link.tx.close();
 }
 
 /// Has the source make the grant durable that was not waited for.
-async fn fence(link: &mut PeerLink, hello: &Hello, offered: Epoch) {
+async fn fence(link: &mut PeerLink, hello: &Hello, offered: Epoch, level: Level) {
     if hello.epoch == offered && granted(link, offered).await {
-        log::warn!("the source at {} was given up and has come back: it has granted the disk", link.peer);
+        log::log!(
+            level,
+            "the source at {} was given up and has come back: it has granted the disk",
+            link.peer
+        );
     } else {
         log::error!(
             "the source at {} was given up and has come back (epoch {}), and does not grant the disk that it offered \

@@ -281,6 +281,20 @@ fn the_file_counts_for_nothing_before_the_record_does() {
 }
 
 #[test]
+fn a_directory_that_is_emptied_for_another_migration_forgets_what_was_forced_but_not_its_log() {
+    let dir = tempfile::tempdir().unwrap();
+    active(dir.path(), BootId::current().unwrap());
+    take_over(dir.path(), LostChunks::Error).unwrap();
+    let store = Store::open(dir.path(), &params()).unwrap();
+    assert_eq!(store.forced().unwrap().map(|forced| forced.was), Some(Was::Active));
+    store.wipe().unwrap();
+    assert_eq!(store.forced().unwrap(), None);
+    drop(store);
+    assert!(!dir.path().join("forced").exists() && dir.path().join("recover.log").exists());
+    assert_eq!(missing(&look(dir.path()).unwrap()), Missing::default());
+}
+
+#[test]
 fn missing_ranges_are_joined_and_end_with_the_volume() {
     let geometry = Geometry::new(5 * CHUNK + 512, 64 << 10).unwrap();
     let run = |first, count, mask| {
