@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use thiserror::Error;
 use tokio::net::UnixStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 /// Longest answer in bytes, and longest event.
 const MAX_ANSWER: usize = 4 << 20;
@@ -159,6 +159,7 @@ impl Client {
             lines: Lines::default(),
             name: String::new(),
             data: String::new(),
+            heard: Instant::now(),
         })
     }
 
@@ -232,6 +233,8 @@ pub struct Events {
     lines: Lines,
     name: String,
     data: String,
+    /// When something came last: a caller that waits in slices must not begin the silence anew with each.
+    heard: Instant,
 }
 
 impl Events {
@@ -247,8 +250,9 @@ impl Events {
                     return Ok(Some(change));
                 }
             }
-            let frame = timeout(SILENCE, self.body.frame()).await.map_err(|_| ClientError::Silent)?;
-            let Some(frame) = frame else { return Ok(None) };
+            let frame = timeout_at(self.heard + SILENCE, self.body.frame());
+            let Some(frame) = frame.await.map_err(|_| ClientError::Silent)? else { return Ok(None) };
+            self.heard = Instant::now();
             if let Ok(data) = frame?.into_data() {
                 self.lines.push(&data)?;
             }

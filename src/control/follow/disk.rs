@@ -7,11 +7,13 @@ use crate::control::client::{Change, Client, ClientError, Events};
 use crate::control::words::{is_final, is_running, state_word};
 use crate::node::status::{MigrationRequest, MigrationState, MigrationStatus, StartMode};
 use std::time::Duration;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 /// Time between two attempts to cancel a disk that cannot be cancelled yet, and how long they go on.
 const RETRY: Duration = Duration::from_millis(500);
 const RETRIES: Duration = Duration::from_secs(10);
+/// How long a look may take: a daemon that hangs must not keep the other disks, the VM and the operator waiting.
+const ANSWER: Duration = Duration::from_secs(2);
 
 /// The connection to the daemon's events.
 #[derive(Debug)]
@@ -132,7 +134,7 @@ impl Disk {
     /// Connects the events again after they broke. Returns a note for people.
     pub(super) async fn relink(&mut self) -> Option<String> {
         if matches!(self.link, Link::Down(_))
-            && let Ok(events) = self.client.events().await
+            && let Ok(Ok(events)) = timeout(ANSWER, self.client.events()).await
         {
             self.link = Link::Up(Box::new(events));
             return Some(format!("{}the daemon is back", self.name));
@@ -142,9 +144,9 @@ impl Disk {
 
     /// Asks the daemon how it stands now: events lag behind.
     pub(super) async fn look(&mut self) {
-        match self.client.migration().await {
-            Ok(status) => self.take(status),
-            Err(_) => self.status.prepared = false,
+        match timeout(ANSWER, self.client.migration()).await {
+            Ok(Ok(status)) => self.take(status),
+            _ => self.status.prepared = false,
         }
     }
 
