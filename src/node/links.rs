@@ -173,7 +173,7 @@ impl Node {
             Ok(link) => {
                 log::info!("connected to {}", link.peer);
                 self.report.message("");
-                self.report.reconnected();
+                self.report.connected();
                 self.use_link(link);
             }
             Err(error) => {

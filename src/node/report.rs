@@ -67,6 +67,8 @@ pub(super) struct Report {
     stopped: Option<Instant>,
     granted: Option<Instant>,
     ended: Option<Instant>,
+    /// Connections made, the first one included.
+    connections: u64,
 }
 
 impl Report {
@@ -123,9 +125,10 @@ impl Report {
         }
     }
 
-    /// One more connection.
-    pub(super) fn reconnected(&mut self) {
-        self.status.reconnects += 1;
+    /// One more connection; the first one is none that was made again.
+    pub(super) fn connected(&mut self) {
+        self.status.reconnects = self.connections;
+        self.connections += 1;
     }
 
     /// The migration has ended.
