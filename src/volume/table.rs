@@ -113,6 +113,17 @@ pub(super) struct Look {
     pub(super) writers: u64,
 }
 
+impl Look {
+    /// Whether the chunk has content of its own, and is not just the base image's.
+    pub(super) fn has_content(&self) -> bool {
+        match self.lasting {
+            ChunkState::Base => !self.mask.is_empty(),
+            ChunkState::Local => false,
+            _ => true,
+        }
+    }
+}
+
 /// What an access may do now.
 #[derive(Debug)]
 pub(super) enum Begun {

@@ -260,8 +260,7 @@ impl Port {
                     status = Status::IoError;
                 }
                 self.volume.table().end_write(span.chunk);
-                // A write that failed may have changed the layer too.
-                self.volume.tracker().note(span.chunk, self.volume.geometry().outer(span));
+                self.note(span.chunk, self.volume.geometry().outer(span), status);
             }
             Step::Punching(exclusive) => {
                 let remote = exclusive.was().0 == ChunkState::Remote;
@@ -278,10 +277,18 @@ impl Port {
                     // The chunk is given back, which must come before the tracker looks.
                     drop(exclusive);
                 }
-                self.volume.tracker().note(span.chunk, self.volume.geometry().full_mask(span.chunk));
+                self.note(span.chunk, self.volume.geometry().full_mask(span.chunk), status);
             }
         }
         self.piece_done(key, status);
+    }
+
+    /// Tells the tracker of a change that has ended. One that failed may have changed the layer too; but a chunk that is
+    /// the base image's all the same has nothing that could travel, and who waited for it there would wait for ever.
+    fn note(&self, chunk: ChunkId, blocks: BlockMask, status: Status) {
+        if status == Status::Ok || self.volume.table().look(chunk).has_content() {
+            self.volume.tracker().note(chunk, blocks);
+        }
     }
 
     /// Ends a piece, and its request if it was the last.
