@@ -13,6 +13,7 @@
 #![allow(unreachable_pub, reason = "modules of a test")]
 
 mod away;
+#[allow(dead_code, reason = "tests/torture uses more of it")]
 mod daemon;
 mod disks;
 #[allow(dead_code, reason = "the front-end of the vhost tests; each uses its own part")]
@@ -24,4 +25,5 @@ mod recover;
 mod resize;
 mod returns;
 mod world;
+#[allow(dead_code, reason = "tests/torture uses more of it")]
 mod writer;

@@ -30,7 +30,8 @@ fn a_disk_grows_moves_and_grows_again() {
     for base in [None, Some([base.clone(), base])] {
         // A daemon with a base image takes its size from that, unless it is told.
         let sized = base.is_some();
-        let mut world = World::new(Setup { seed: 21, size: SIZE, base, sized, bandwidth: 3 << 20 });
+        let setup = Setup { seed: 21, size: SIZE, base, sized, bandwidth: 3 << 20, ..Setup::default() };
+        let mut world = World::new(setup);
         world.populate(30);
         let mut size = SIZE;
         for more in [512, 100 << 10, 5 << 20] {
