@@ -93,6 +93,9 @@ impl Play {
             world.writer.lenient = true;
             world.expected.extend(["No space left on device", "cannot be stored"]);
         }
+        if case.route == Route::Cancel {
+            world.expected.push("migration failed (Cancelled)");
+        }
         // A request that is given up with its front-end, for the next one to find, is counted as well.
         world.may_fail = matches!(case.blow, Blow::Full(_) | Blow::FrontEnd);
         world.populate(20);
@@ -455,6 +458,13 @@ impl Play {
             play.is(play.source, &[MigrationState::Cancelled, MigrationState::None])
         });
         self.fall(Phase::Cancel);
+        if self.victims.contains(&self.source) {
+            // A source that is started again as an owner tells nobody of what it had cancelled before; the destination
+            // has to take the next migration all the same.
+            self.case.route = Route::Plain;
+            self.failures += 1;
+            return self.until("the next migration", Self::ask);
+        }
         self.until("the destination to let go", |play| {
             play.world.sides[play.destination]
                 .try_volume()
@@ -480,7 +490,9 @@ impl Play {
         self.run(250);
         if self.case.route == Route::Cancel {
             self.cancel();
-        } else {
+        }
+        if self.case.route != Route::Cancel {
+            self.until_pushing();
             self.hand_over();
             self.fall(Phase::Pull);
             self.complete();
@@ -505,7 +517,6 @@ impl Play {
         assert!(!stranger || recovered == Recovered::Migrated, "a stranger has cut the connection");
         if self.case.route == Route::Cancel {
             self.world.incoming = None;
-            self.world.expected.push("migration failed (Cancelled)");
         }
         let stall = self.world.writer.stall;
         self.world.finish();
