@@ -6,14 +6,14 @@
 //! kernel is done. `tokio::fs` was rejected: a thread hop for each operation, a pool of threads that may all hang on
 //! one slow disk, and buffers copied.
 
-use super::direct::DirectFile;
+use super::sim::Files;
 use super::uring::{Ring, Waiter};
-use super::{Completion, Event, FileId, IoBuf, Op};
+use super::{AnyFile, Completion, Event, FileId, IoBuf, Op};
 use parking_lot::Mutex;
 use std::collections::HashMap;
-use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -21,9 +21,19 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// Asynchronous file I/O for the tokio thread. Dropping it ends its task; what is in flight is waited for then.
 #[derive(Debug)]
-pub struct CompanionEngine {
-    shared: Arc<Mutex<Shared>>,
-    driver: JoinHandle<()>,
+pub struct CompanionEngine(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Ring {
+        shared: Arc<Mutex<Shared>>,
+        driver: JoinHandle<()>,
+    },
+    /// On a simulated disk, which reports by itself.
+    Sim {
+        files: Mutex<Files>,
+        in_flight: Arc<AtomicU32>,
+    },
 }
 
 struct Shared {
@@ -75,15 +85,33 @@ impl CompanionEngine {
         let eventfd = ring.eventfd()?;
         let shared = Arc::new(Mutex::new(Shared { ring, waiting: HashMap::new(), next_tag: 0 }));
         let driver = tokio::spawn(drive(Arc::clone(&shared), eventfd));
-        Ok(Self { shared, driver })
+        Ok(Self(Kind::Ring { shared, driver }))
+    }
+
+    /// An engine for files of a simulated disk. It needs no runtime: its futures wake whoever polls them.
+    #[must_use]
+    pub fn simulated() -> Self {
+        Self(Kind::Sim { files: Mutex::default(), in_flight: Arc::default() })
+    }
+
+    /// Whether it is for a simulated disk.
+    #[must_use]
+    pub fn is_simulated(&self) -> bool {
+        matches!(self.0, Kind::Sim { .. })
     }
 
     /// Makes a file known, with its direct twin if it has one; the engine holds both open.
     ///
     /// # Errors
-    /// The engine knows too many files already.
-    pub fn register_file(&self, file: &File, direct: Option<&DirectFile>) -> io::Result<FileId> {
-        self.shared.lock().ring.register_file(file, direct)
+    /// The engine knows too many files already, or the file is of the other kind.
+    pub fn register_file(&self, file: AnyFile<'_>) -> io::Result<FileId> {
+        match (&self.0, file) {
+            (Kind::Ring { shared, .. }, AnyFile::Kernel { file, direct }) => {
+                shared.lock().ring.register_file(file, direct)
+            }
+            (Kind::Sim { files, .. }, AnyFile::Simulated(file)) => Ok(files.lock().add(file)),
+            _ => Err(AnyFile::other_kind()),
+        }
     }
 
     /// Fills `buf` from the file and gives it back.
@@ -123,7 +151,10 @@ impl CompanionEngine {
     /// Number of operations in flight.
     #[must_use]
     pub fn in_flight(&self) -> u32 {
-        self.shared.lock().ring.in_flight()
+        match &self.0 {
+            Kind::Ring { shared, .. } => shared.lock().ring.in_flight(),
+            Kind::Sim { in_flight, .. } => in_flight.load(Ordering::Relaxed),
+        }
     }
 
     async fn transfer(&self, op: Op) -> (io::Result<()>, IoBuf) {
@@ -134,14 +165,31 @@ impl CompanionEngine {
     }
 
     async fn run(&self, op: Op) -> io::Result<Completion> {
-        let receiver = self.shared.lock().start(op)?;
+        let receiver = match &self.0 {
+            Kind::Ring { shared, .. } => shared.lock().start(op)?,
+            Kind::Sim { files, in_flight } => {
+                let (sender, receiver) = oneshot::channel();
+                let file = files.lock().get(op.file()).cloned().ok_or_else(AnyFile::other_kind)?;
+                in_flight.fetch_add(1, Ordering::Relaxed);
+                let left = Arc::clone(in_flight);
+                let reply = move |done| {
+                    left.fetch_sub(1, Ordering::Relaxed);
+                    // Nobody waits any more.
+                    drop(sender.send(done));
+                };
+                file.start(0, op, Box::new(reply));
+                receiver
+            }
+        };
         receiver.await.map_err(|_| io::Error::other("the I/O engine of the companion thread has ended"))
     }
 }
 
 impl Drop for CompanionEngine {
     fn drop(&mut self) {
-        self.driver.abort();
+        if let Kind::Ring { driver, .. } = &self.0 {
+            driver.abort();
+        }
     }
 }
 

@@ -3,13 +3,14 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 #[tokio::test(flavor = "current_thread")]
 async fn transfers_sync_and_punch() {
     let file = tempfile::tempfile().unwrap();
     let engine = CompanionEngine::new(8).unwrap();
-    let id = engine.register_file(&file, None).unwrap();
+    let id = engine.register_file(AnyFile::Kernel { file: &file, direct: None }).unwrap();
     let content: Vec<u8> = (0..300_000u32).map(|n| (n % 253) as u8).collect();
     let (result, buf) = engine.write(id, 100, IoBuf::copy_of(&content)).await;
     result.unwrap();
@@ -34,7 +35,7 @@ async fn transfers_sync_and_punch() {
 async fn many_futures_at_once() {
     let file = tempfile::tempfile().unwrap();
     let engine = Arc::new(CompanionEngine::new(8).unwrap());
-    let id = engine.register_file(&file, None).unwrap();
+    let id = engine.register_file(AnyFile::Kernel { file: &file, direct: None }).unwrap();
     let tasks: Vec<_> = (0..500u64)
         .map(|n| {
             let engine = Arc::clone(&engine);
@@ -55,7 +56,12 @@ async fn many_futures_at_once() {
 async fn a_dropped_future_leaves_its_buffer_to_the_kernel() {
     let (reader, writer) = std::io::pipe().unwrap();
     let engine = CompanionEngine::new(8).unwrap();
-    let id = engine.register_file(&File::from(std::os::fd::OwnedFd::from(reader)), None).unwrap();
+    let id = engine
+        .register_file(AnyFile::Kernel {
+            file: &File::from(std::os::fd::OwnedFd::from(reader)),
+            direct: None,
+        })
+        .unwrap();
     let memory = IoBuf::zeroed(4);
     let buf = memory.slice(0, 4);
     {

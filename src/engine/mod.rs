@@ -13,6 +13,9 @@
 //! [`CompanionEngine`] is for the tokio thread. They share the operation table and differ only in who waits. One
 //! engine shared by all threads was rejected: its lock would be on the path of every request.
 //!
+//! [`QueueEngine`] and the companion's engine can stand on a simulated disk too ([`SimDisk`]): which it is follows from
+//! the file, as an [`AnyFile`].
+//!
 //! Writes through the page cache may be carried out by kernel workers, in any order: operations that overlap must
 //! be ordered by the caller, and a [`Op::Sync`] covers only what had completed when it was submitted.
 
@@ -20,15 +23,49 @@ mod buffer;
 mod companion;
 mod direct;
 mod fixed;
+mod queue;
+pub mod sim;
 mod slot;
 mod uring;
 
 pub use buffer::IoBuf;
 pub use companion::CompanionEngine;
 pub use direct::{DirectAlign, DirectFile};
+pub use queue::QueueEngine;
+pub use sim::{SimDisk, SimFile, SimPlan, SimQueue};
 pub use uring::UringEngine;
 
+use std::fs::File;
 use std::io;
+
+/// A file as an engine is told of it.
+#[derive(Debug, Clone, Copy)]
+pub enum AnyFile<'a> {
+    /// A file of this host.
+    Kernel {
+        /// Its descriptor.
+        file: &'a File,
+        /// The same past the page cache.
+        direct: Option<&'a DirectFile>,
+    },
+    /// A file of a simulated disk.
+    Simulated(&'a SimFile),
+}
+
+impl<'a> AnyFile<'a> {
+    /// The descriptor of a file that must be real.
+    #[cfg(test)]
+    pub(crate) fn kernel(self) -> &'a File {
+        match self {
+            Self::Kernel { file, .. } => file,
+            Self::Simulated(file) => unreachable!("{file:?} has no descriptor"),
+        }
+    }
+
+    fn other_kind() -> io::Error {
+        io::Error::new(io::ErrorKind::InvalidInput, "a file that this kind of engine cannot use")
+    }
+}
 
 /// A file that an engine was told of; valid for that engine only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -232,7 +232,7 @@ fn a_store_grows_and_is_opened_with_the_old_arguments_and_the_new_size() {
     assert_eq!(store.grow(4 * CHUNK, || (), |_| ()).unwrap().size(), 4 * CHUNK);
     assert_eq!(store.grow(40 * CHUNK, || (), |_| ()).unwrap().size(), 40 * CHUNK);
     assert_eq!((store.geometry().size(), store.superblock().size), (40 * CHUNK, 40 * CHUNK));
-    assert_eq!(store.layer.file().metadata().unwrap().len(), 40 * CHUNK);
+    assert_eq!(store.layer.file().kernel().metadata().unwrap().len(), 40 * CHUNK);
     drop(store);
     let larger = Store::open(dir.path(), &sized(41 * CHUNK)).unwrap_err().to_string();
     assert!(larger.contains("blkferry resize"), "{larger}");
@@ -253,7 +253,7 @@ fn a_layer_that_is_longer_is_cut_back_only_if_nothing_is_in_the_rest() {
         let state = dir.path().join(state);
         let layer = if params.blk_file.is_some() { image.clone() } else { state.join("layer") };
         let store = Store::open(&state, &params).unwrap();
-        store.layer.file().write_all_at(&[7; 512], size - 512).unwrap();
+        store.layer.file().kernel().write_all_at(&[7; 512], size - 512).unwrap();
         drop(store);
         let file = File::options().read(true).write(true).open(&layer).unwrap();
         for (grown, data) in [

@@ -7,7 +7,7 @@
 
 use super::error::{GrowError, StoreError};
 use crate::config::CacheMode;
-use crate::engine::DirectFile;
+use crate::engine::{AnyFile, DirectFile, SimFile};
 use rustix::fs::{
     AtFlags, FallocateFlags, FlockOperation, SeekFrom, StatxFlags, fallocate, flock, seek, statx,
 };
@@ -33,11 +33,33 @@ const LOCK_WAIT: Duration = Duration::from_secs(5);
 /// The local layer of a volume.
 #[derive(Debug)]
 pub struct Layer {
-    file: File,
-    direct: Option<DirectFile>,
+    medium: LayerFile,
     path: PathBuf,
     size: AtomicU64,
     adopted: bool,
+}
+
+/// Where the bytes are.
+#[derive(Debug)]
+enum LayerFile {
+    Kernel { file: File, direct: Option<DirectFile> },
+    Simulated(SimFile),
+}
+
+impl LayerFile {
+    fn set_len(&self, size: u64) -> io::Result<()> {
+        match self {
+            Self::Kernel { file, .. } => file.set_len(size),
+            Self::Simulated(file) => file.set_len_now(size),
+        }
+    }
+
+    fn sync_all(&self) -> io::Result<()> {
+        match self {
+            Self::Kernel { file, .. } => file.sync_all(),
+            Self::Simulated(file) => file.sync_now(),
+        }
+    }
 }
 
 /// Whether the file has nothing but zeros from `end` on.
@@ -113,12 +135,24 @@ impl Layer {
             file.set_len(size).and_then(|()| file.sync_all()).map_err(StoreError::io("cut", path))?;
         }
         let direct = open_direct(path, true, cache)?;
-        let layer = Self { file, direct, path: path.to_owned(), size: AtomicU64::new(size), adopted };
+        let medium = LayerFile::Kernel { file, direct };
+        let layer = Self { medium, path: path.to_owned(), size: AtomicU64::new(size), adopted };
         // Past the end: this asks whether holes are possible and changes nothing.
         layer
             .punch(size, 4096)
             .map_err(|error| refuse(format!("its file system cannot punch holes: {error}")))?;
         Ok(layer)
+    }
+
+    /// The layer on a simulated disk, which must have `size` bytes.
+    pub(super) fn open_simulated(file: SimFile, path: &Path, size: u64) -> Result<Self, StoreError> {
+        let len = file.len();
+        if len != size {
+            let detail = format!("it has {len} bytes, the volume has {size}");
+            return Err(StoreError::Layer { path: path.to_owned(), detail });
+        }
+        let (medium, path) = (LayerFile::Simulated(file), path.to_owned());
+        Ok(Self { medium, path, size: AtomicU64::new(size), adopted: false })
     }
 
     /// Size of an image that is to be adopted.
@@ -131,16 +165,14 @@ impl Layer {
         Ok(metadata.len())
     }
 
-    /// The open file, to be registered with engines.
+    /// The open file, to be registered with engines; with its twin past the page cache, where that is asked for and
+    /// possible.
     #[must_use]
-    pub fn file(&self) -> &File {
-        &self.file
-    }
-
-    /// The same file past the page cache, where that is asked for and possible.
-    #[must_use]
-    pub fn direct(&self) -> Option<&DirectFile> {
-        self.direct.as_ref()
+    pub fn file(&self) -> AnyFile<'_> {
+        match &self.medium {
+            LayerFile::Kernel { file, direct } => AnyFile::Kernel { file, direct: direct.as_ref() },
+            LayerFile::Simulated(file) => AnyFile::Simulated(file),
+        }
     }
 
     /// Where the file is.
@@ -166,10 +198,10 @@ impl Layer {
     /// [`GrowError::Extend`], [`GrowError::Sync`]
     pub(super) fn extend<A>(&self, size: u64, alone: impl FnOnce() -> A) -> Result<(), GrowError> {
         let held = alone();
-        let changed = self.file.set_len(size);
+        let changed = self.medium.set_len(size);
         drop(held);
         changed.map_err(|source| GrowError::Extend { path: self.path.clone(), source })?;
-        self.file.sync_all().map_err(GrowError::Sync)
+        self.medium.sync_all().map_err(GrowError::Sync)
     }
 
     /// The volume has this size now.
@@ -180,8 +212,9 @@ impl Layer {
     /// How the medium likes to be written, as its file system says now.
     #[must_use]
     pub fn grain(&self) -> Grain {
+        let LayerFile::Kernel { file, .. } = &self.medium else { return Grain::default() };
         let wanted = StatxFlags::BASIC_STATS | StatxFlags::DIOALIGN;
-        let Ok(stat) = statx(&self.file, "", AtFlags::EMPTY_PATH, wanted) else { return Grain::default() };
+        let Ok(stat) = statx(file, "", AtFlags::EMPTY_PATH, wanted) else { return Grain::default() };
         Grain::of(stat.stx_dio_offset_align, stat.stx_blksize)
     }
 
@@ -196,9 +229,13 @@ impl Layer {
     /// # Errors
     /// The kernel's.
     pub fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        let file = match &self.medium {
+            LayerFile::Kernel { file, .. } => file,
+            LayerFile::Simulated(file) => return file.punch_now(offset, len),
+        };
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         loop {
-            match fallocate(&self.file, flags, offset, len) {
+            match fallocate(file, flags, offset, len) {
                 Err(rustix::io::Errno::INTR) => {}
                 other => return other.map_err(io::Error::from),
             }
@@ -211,7 +248,12 @@ impl Layer {
     /// # Errors
     /// The kernel's.
     pub fn make_hole(&self, offset: u64, len: u64) -> io::Result<()> {
-        match seek(&self.file, SeekFrom::Data(offset)) {
+        let file = match &self.medium {
+            LayerFile::Kernel { file, .. } => file,
+            LayerFile::Simulated(file) if file.is_hole(offset, len) => return Ok(()),
+            LayerFile::Simulated(file) => return file.punch_now(offset, len),
+        };
+        match seek(file, SeekFrom::Data(offset)) {
             // No data up to the end of the file, or none in the range.
             Err(rustix::io::Errno::NXIO) => Ok(()),
             Ok(data) if data >= offset.saturating_add(len) => Ok(()),
@@ -225,7 +267,10 @@ impl Layer {
     /// # Errors
     /// The kernel's. After one, what was written before may be lost although a later sync succeeds.
     pub fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        match &self.medium {
+            LayerFile::Kernel { file, .. } => file.sync_data(),
+            LayerFile::Simulated(file) => file.sync_now(),
+        }
     }
 }
 

@@ -55,7 +55,7 @@ fn bytes(dir: &Path) -> BTreeMap<String, (Vec<u8>, u64, i64, i64, u64)> {
 /// An owner that still pulls: chunk 0 is whole, 1 and 2 are remote, 3 is remote but for its first two blocks.
 fn active(dir: &Path, boot: BootId) {
     let store = Store::open_at_boot(StateDir::claim(dir).unwrap(), &params(), boot).unwrap();
-    store.layer.file().write_all_at(&[9; 4 * CHUNK as usize], 0).unwrap();
+    store.layer.file().kernel().write_all_at(&[9; 4 * CHUNK as usize], 0).unwrap();
     let set = [(0, 4, 2, true), (6, 1, 0, false)].map(|(first, run, count, still_remaining)| RemainingRun {
         first: ChunkId(first),
         run,

@@ -32,11 +32,12 @@ pub mod medium;
 mod record;
 mod remaining;
 mod runs;
+mod simulated;
 mod state_dir;
 mod superblock;
 mod takeover;
 
-pub use base::{BaseError, BaseImage, BoxFuture, LocalFile};
+pub use base::{BaseError, BaseImage, BoxFuture};
 pub use error::{GrowError, StoreError};
 pub use forced::{Forced, utc};
 pub use layer::{Grain, Layer, LayerLook};
@@ -45,6 +46,7 @@ pub use map::{ChunkMap, ROTATE_AT, Recovered};
 pub use record::RecordFile;
 pub use remaining::RemainingRun;
 pub use runs::{Run, Transition};
+pub use simulated::SimBase;
 pub use state_dir::StateDir;
 pub use superblock::Superblock;
 pub use takeover::TakeOver;
@@ -164,7 +166,7 @@ impl Store {
         let (mut superblock, base) = match state.superblock()? {
             Some(found) => {
                 check_params(state.path(), &found, params)?;
-                let base = find_base(state.path(), &found, params)?;
+                let base = find_base(&state, &found, params)?;
                 (found, base)
             }
             None => create(&state, params, boot)?,
@@ -174,9 +176,7 @@ impl Store {
             superblock.save(state.folder().as_ref())?;
         }
         let geometry = superblock.geometry()?;
-        let adopted = superblock.layer_path.is_some();
-        let path = superblock.layer_path.clone().unwrap_or_else(|| state.path().join(layer::NAME));
-        let layer = Layer::open(&path, geometry.size(), adopted, params.cache)?;
+        let layer = state.open_layer(superblock.layer_path.as_deref(), geometry.size(), params.cache)?;
         let owner = map::Owner { store: superblock.store, boot, chunks: geometry.chunk_count() };
         let (map, recovered) =
             ChunkMap::open(state.folder(), owner, |found| settle(&layer, &geometry, found))?;
@@ -395,12 +395,13 @@ fn check_params(dir: &Path, found: &Superblock, params: &StoreParams) -> Result<
 
 /// Opens the base image of an existing volume and checks that it is the one that the volume was made on.
 fn find_base(
-    dir: &Path,
+    state: &StateDir,
     found: &Superblock,
     params: &StoreParams,
 ) -> Result<Option<Arc<dyn BaseImage>>, StoreError> {
     let refuse = |have: String, asked: String, hint| {
-        Err(StoreError::Mismatch { path: dir.to_owned(), what: "base image", have, asked, hint })
+        let path = state.path().to_owned();
+        Err(StoreError::Mismatch { path, what: "base image", have, asked, hint })
     };
     if found.base.length == 0 {
         let hint = "leave out --base; a volume gets its base image when it is made";
@@ -409,7 +410,7 @@ fn find_base(
     let Some(url) = params.base.as_ref().or(found.base_url.as_ref()) else {
         return refuse(identity_text(&found.base), "none".to_owned(), "say with --base where it is");
     };
-    let base = base::open(url, params.cache)?;
+    let base = state.open_base(url, params.cache)?;
     if *base.identity() != found.base {
         let asked = format!("{url} ({})", identity_text(base.identity()));
         let hint = "give the image that the volume was made on, unchanged";
@@ -433,7 +434,7 @@ fn create(
     params: &StoreParams,
     boot: BootId,
 ) -> Result<(Superblock, Option<Arc<dyn BaseImage>>), StoreError> {
-    let base = params.base.as_deref().map(|url| base::open(url, params.cache)).transpose()?;
+    let base = params.base.as_deref().map(|url| state.open_base(url, params.cache)).transpose()?;
     let layer_path = params.blk_file.as_deref().map(absolute).transpose()?;
     let length = base.as_ref().map_or(0, |base| base.len());
     let size = match (&layer_path, params.size, length) {
@@ -469,7 +470,7 @@ fn create(
     state.clear_remains()?;
     let first = if superblock.layer_path.is_some() { ChunkState::Modified } else { ChunkState::Base };
     if superblock.layer_path.is_none() {
-        Layer::create(&state.path().join(layer::NAME), size)?;
+        state.create_layer(size)?;
     }
     let owner = map::Owner { store: superblock.store, boot, chunks: geometry.chunk_count() };
     ChunkMap::create(state.folder(), owner, first)?;

@@ -5,10 +5,14 @@
 //! no stale locks. The pid in the file only makes the refusal readable. A pid file alone was rejected: pids come
 //! again.
 
+use super::base::{self, BaseImage};
 use super::error::StoreError;
+use super::layer::Layer;
 use super::medium::{Directory, Folder, TEMPORARY};
 use super::superblock::{self, Superblock};
 use super::{checkpoint, forced, journal, layer, record, remaining};
+use crate::config::CacheMode;
+use crate::engine::SimDisk;
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -22,8 +26,15 @@ const LOCK: &str = "lock";
 pub struct StateDir {
     path: PathBuf,
     folder: Arc<dyn Folder>,
-    /// Only held; closing it gives the lock up.
-    _lock: File,
+    place: Place,
+}
+
+/// Where the directory is.
+enum Place {
+    /// On this host; the lock is only held, and closing it gives it up.
+    Host { _lock: File },
+    /// On a simulated disk, over this base image.
+    Simulated { disk: SimDisk, base: Option<Arc<dyn BaseImage>> },
 }
 
 impl std::fmt::Debug for StateDir {
@@ -42,7 +53,15 @@ impl StateDir {
         let folder = Directory::open(path).map_err(StoreError::io("open", path))?;
         check_names(path)?;
         let lock = lock(path)?;
-        Ok(Self { path: path.to_owned(), folder: Arc::new(folder), _lock: lock })
+        let place = Place::Host { _lock: lock };
+        Ok(Self { path: path.to_owned(), folder: Arc::new(folder), place })
+    }
+
+    /// The directory that is all of a simulated disk. `base` is what every name of a base image stands for.
+    #[must_use]
+    pub fn simulated(disk: &SimDisk, base: Option<Arc<dyn BaseImage>>) -> Self {
+        let place = Place::Simulated { disk: disk.clone(), base };
+        Self { path: PathBuf::from("simulated"), folder: Arc::new(disk.clone()), place }
     }
 
     /// Where it is.
@@ -63,9 +82,56 @@ impl StateDir {
         &self.folder
     }
 
+    /// The base image that a path or URL names.
+    pub(super) fn open_base(&self, url: &str, cache: CacheMode) -> Result<Arc<dyn BaseImage>, StoreError> {
+        match &self.place {
+            Place::Simulated { base: Some(base), .. } => Ok(Arc::clone(base)),
+            Place::Simulated { base: None, .. } | Place::Host { .. } => Ok(base::open(url, cache)?),
+        }
+    }
+
+    /// Makes the layer of a new volume.
+    pub(super) fn create_layer(&self, size: u64) -> Result<(), StoreError> {
+        let path = self.path.join(layer::NAME);
+        match &self.place {
+            Place::Host { .. } => Layer::create(&path, size),
+            Place::Simulated { disk, .. } => {
+                let made =
+                    disk.create_file(layer::NAME).and_then(|file| file.set_len_now(size).map(|()| file));
+                made.and_then(|file| file.sync_now()).map_err(StoreError::io("create", &path))
+            }
+        }
+    }
+
+    /// Opens the layer: the directory's own, or an adopted image.
+    pub(super) fn open_layer(
+        &self,
+        adopted: Option<&Path>,
+        size: u64,
+        cache: CacheMode,
+    ) -> Result<Layer, StoreError> {
+        let path = adopted.map_or_else(|| self.path.join(layer::NAME), Path::to_owned);
+        match &self.place {
+            Place::Host { .. } => Layer::open(&path, size, adopted.is_some(), cache),
+            Place::Simulated { disk, .. } => match disk.file(layer::NAME) {
+                Some(file) => Layer::open_simulated(file, &path, size),
+                None => Err(StoreError::io("open", &path)(std::io::ErrorKind::NotFound.into())),
+            },
+        }
+    }
+
     /// Removes what is left of the making of a volume that was cut off, unless there is data in it.
     pub(super) fn clear_remains(&self) -> Result<(), StoreError> {
-        check_remains(&self.path)?;
+        match &self.place {
+            Place::Host { .. } => check_remains(&self.path)?,
+            Place::Simulated { disk, .. }
+                if disk.file(layer::NAME).is_some_and(|file| !file.is_hole(0, file.len())) =>
+            {
+                let path = self.folder.path(superblock::NAME);
+                return Err(StoreError::corrupt(&path, "it is missing, and the layer holds data"));
+            }
+            Place::Simulated { .. } => {}
+        }
         let names = self.folder.list().map_err(StoreError::io("list", &self.path))?;
         for name in names.iter().filter(|name| *name != LOCK) {
             self.folder.remove(name).map_err(StoreError::io("remove", &self.folder.path(name)))?;

@@ -40,7 +40,7 @@ fn a_volume_is_made_and_found_again() {
     let superblock = store.superblock();
     assert_eq!((superblock.size, superblock.serial.as_str()), (10 * CHUNK + 512, "serial"));
     assert_eq!(store.recovered.runs, [Run::whole(11, ChunkState::Base)]);
-    assert_eq!(store.layer.file().metadata().unwrap().len(), 10 * CHUNK + 512);
+    assert_eq!(store.layer.file().kernel().metadata().unwrap().len(), 10 * CHUNK + 512);
     assert!(store.record.load().is_none() && store.load_remaining().unwrap().is_none());
     store.map.note(&[at(3, ChunkState::Modified), at(10, ChunkState::Zero)]).unwrap();
     let record = MigrationRecord::V1 { volume: superblock.volume, epoch: Epoch(9), role: Role::Serving };
@@ -217,13 +217,13 @@ fn an_image_is_adopted_without_changing_it() {
 fn a_wiped_volume_is_empty_and_takes_data_again() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path(), &sized(8 * CHUNK)).unwrap();
-    store.layer.file().write_all_at(&vec![1; 1 << 20], 0).unwrap();
+    store.layer.file().kernel().write_all_at(&vec![1; 1 << 20], 0).unwrap();
     store.layer.sync().unwrap();
     store.map.set_handoff(Epoch(4));
     store.map.note(&[at(0, ChunkState::Modified), at(1, ChunkState::Remote)]).unwrap();
     store.store_remaining(Epoch(4), std::iter::empty()).unwrap();
     store.wipe().unwrap();
-    let metadata = store.layer.file().metadata().unwrap();
+    let metadata = store.layer.file().kernel().metadata().unwrap();
     assert_eq!((metadata.len(), metadata.blocks()), (8 * CHUNK, 0));
     assert!(store.load_remaining().unwrap().is_none());
     store.map.note(&[at(5, ChunkState::Modified)]).unwrap();
@@ -245,7 +245,7 @@ fn t15_after_a_host_crash_copies_are_dropped_and_zeros_are_holes_again() {
     store.map.commit(store.map.position()).unwrap();
     // Not committed: gone after the crash, although the data reached the layer.
     store.map.note(&[at(1, ChunkState::Modified), at(3, ChunkState::Modified)]).unwrap();
-    store.layer.file().write_all_at(&vec![9; 8 << 18], 0).unwrap();
+    store.layer.file().kernel().write_all_at(&vec![9; 8 << 18], 0).unwrap();
     drop(store);
     let store = open(1).unwrap();
     let states: Vec<_> = store.recovered.iter().map(|one| one.state).collect();
@@ -265,7 +265,7 @@ fn t15_after_a_host_crash_copies_are_dropped_and_zeros_are_holes_again() {
     assert_eq!(states, [Base, Zero, Base, Modified, Modified, Base, Base, Zero]);
     let mut bytes = vec![1; 1 << 18];
     for (chunk, zero) in [(0, false), (1, true), (3, false), (7, true)] {
-        store.layer.file().read_exact_at(&mut bytes, chunk * CHUNK).unwrap();
+        store.layer.file().kernel().read_exact_at(&mut bytes, chunk * CHUNK).unwrap();
         assert!(bytes.iter().all(|byte| *byte == if zero { 0 } else { 9 }), "chunk {chunk}");
     }
 }
@@ -286,8 +286,8 @@ fn a_large_sparse_volume_costs_next_to_nothing() {
 fn a_range_becomes_a_hole_and_a_hole_stays_one() {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(&dir.path().join("state"), &sized(4 * CHUNK)).unwrap();
-    let used = || store.layer.file().metadata().unwrap().blocks();
-    store.layer.file().write_all_at(&[7; 8192], CHUNK).unwrap();
+    let used = || store.layer.file().kernel().metadata().unwrap().blocks();
+    store.layer.file().kernel().write_all_at(&[7; 8192], CHUNK).unwrap();
     store.layer.sync().unwrap();
     let full = used();
     // Before it, after it, and past the end: nothing there.
@@ -297,12 +297,12 @@ fn a_range_becomes_a_hole_and_a_hole_stays_one() {
     assert!(full > 0 && used() == full);
     store.layer.make_hole(CHUNK + 4096, 2 * CHUNK).unwrap();
     let mut bytes = [1; 8192];
-    store.layer.file().read_exact_at(&mut bytes, CHUNK).unwrap();
+    store.layer.file().kernel().read_exact_at(&mut bytes, CHUNK).unwrap();
     assert!(bytes[..4096] == [7; 4096] && bytes[4096..] == [0; 4096]);
     // Not written to the disk yet, and no hole all the same.
-    store.layer.file().write_all_at(&[8; 4096], 2 * CHUNK).unwrap();
+    store.layer.file().kernel().write_all_at(&[8; 4096], 2 * CHUNK).unwrap();
     store.layer.make_hole(0, 4 * CHUNK).unwrap();
-    store.layer.file().read_exact_at(&mut bytes, 2 * CHUNK).unwrap();
+    store.layer.file().kernel().read_exact_at(&mut bytes, 2 * CHUNK).unwrap();
     assert_eq!((bytes, used()), ([0; 8192], 0));
 }
 
@@ -312,7 +312,7 @@ fn a_new_daemon_waits_for_the_io_of_a_killed_one() {
     let state = dir.path().join("state");
     let store = Store::open(&state, &sized(1 << 20)).unwrap();
     // What the kernel still has of a dead process: the open file that its rings were given.
-    let in_the_kernel = store.layer.file().try_clone().unwrap();
+    let in_the_kernel = store.layer.file().kernel().try_clone().unwrap();
     drop(store);
     let ended = Arc::new(AtomicBool::new(false));
     let io = std::thread::spawn({

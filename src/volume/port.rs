@@ -29,7 +29,7 @@ use super::table::{Claim, Exclusive};
 use super::volume::{Counters, Volume};
 use super::waiters::{Seat, Wake, Waker};
 use crate::core::geometry::{BlockMask, Span};
-use crate::engine::{Event, FileId, IoBuf, Op, UringEngine};
+use crate::engine::{Event, FileId, IoBuf, Op, QueueEngine};
 use slab::{FLAG, Slab};
 use std::collections::VecDeque;
 use std::io;
@@ -110,7 +110,7 @@ enum Step {
 /// One queue thread's handle; see the module's header. It stays in the thread that made it.
 pub struct Port {
     volume: Arc<Volume>,
-    engine: UringEngine,
+    engine: QueueEngine,
     file: FileId,
     /// The base image, where it can be read in place.
     base: Option<FileId>,
@@ -142,10 +142,9 @@ impl Port {
     /// # Errors
     /// No io_uring, or no descriptor left.
     pub fn new(volume: Arc<Volume>, queue_index: usize) -> io::Result<Self> {
-        let mut engine = UringEngine::new(RING_ENTRIES)?;
-        let file = engine.register_file(volume.layer().file(), volume.layer().direct())?;
-        let base =
-            volume.local_base().map(|base| engine.register_file(base.file, base.direct)).transpose()?;
+        let mut engine = QueueEngine::new(RING_ENTRIES, volume.layer().file())?;
+        let file = engine.register_file(volume.layer().file())?;
+        let base = volume.local_base().map(|base| engine.register_file(base)).transpose()?;
         let waker = Arc::new(Waker::new()?);
         engine.poll_fd(waker.as_fd(), OWN_KEY, MAX_BATCH)?;
         volume.ports().add(&waker);

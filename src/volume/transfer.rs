@@ -21,7 +21,7 @@ use crate::core::chunk::{ChunkState, after_fetch, after_install};
 use crate::core::geometry::{BlockMask, ChunkId, Geometry};
 use crate::core::message::{Body, Version};
 use crate::core::set::ChunkSet;
-use crate::engine::{CompanionEngine, FileId, IoBuf};
+use crate::engine::{AnyFile, CompanionEngine, FileId, IoBuf};
 use crate::store::{Store, Transition};
 use std::io;
 use std::sync::Arc;
@@ -111,7 +111,11 @@ impl Transfer {
     /// # Errors
     /// No io_uring, or no descriptor is left.
     pub fn open(volume: &Arc<Volume>) -> io::Result<Self> {
-        Self::new(Arc::clone(volume), CompanionEngine::new(ENGINE_DEPTH)?)
+        let engine = match volume.layer().file() {
+            AnyFile::Kernel { .. } => CompanionEngine::new(ENGINE_DEPTH)?,
+            AnyFile::Simulated(_) => CompanionEngine::simulated(),
+        };
+        Self::new(Arc::clone(volume), engine)
     }
 
     /// Uses `engine` for its file operations.
@@ -119,7 +123,7 @@ impl Transfer {
     /// # Errors
     /// No descriptor is left.
     pub fn new(volume: Arc<Volume>, engine: CompanionEngine) -> io::Result<Self> {
-        let file = engine.register_file(volume.layer().file(), volume.layer().direct())?;
+        let file = engine.register_file(volume.layer().file())?;
         Ok(Self { volume, engine, file })
     }
 
@@ -486,6 +490,10 @@ impl Transfer {
         work: impl FnOnce(&Store) -> io::Result<()> + Send + 'static,
     ) -> Result<(), TransferError> {
         let store = Arc::clone(self.volume.store());
+        if self.engine.is_simulated() {
+            // No thread, no chance: a simulation is one thread, and its metadata takes no time.
+            return work(&store).map_err(TransferError::Store);
+        }
         let done = tokio::task::spawn_blocking(move || work(&store)).await;
         done.map_err(io::Error::other).and_then(|result| result).map_err(TransferError::Store)
     }

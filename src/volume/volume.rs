@@ -12,7 +12,8 @@ use super::tracker::{DirtyCallback, Tracker};
 use crate::core::chunk::ChunkState;
 use crate::core::geometry::{ChunkId, Geometry, Span};
 use crate::core::message::Version;
-use crate::store::{ChunkMap, GrowError, Layer, LocalFile, Store, Transition};
+use crate::engine::AnyFile;
+use crate::store::{ChunkMap, GrowError, Layer, Store, Transition};
 use parking_lot::Mutex;
 use std::io;
 use std::sync::Arc;
@@ -346,7 +347,7 @@ impl Volume {
     }
 
     /// The base image's file, where it can be read in place.
-    pub(super) fn local_base(&self) -> Option<LocalFile<'_>> {
+    pub(super) fn local_base(&self) -> Option<AnyFile<'_>> {
         self.store.base.as_ref().and_then(|base| base.local())
     }
 

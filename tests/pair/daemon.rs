@@ -121,10 +121,6 @@ impl Daemon {
         self.child.as_ref().unwrap().id()
     }
 
-    pub fn state_dir(&self) -> PathBuf {
-        self.dir.join("state")
-    }
-
     pub fn socket(&self) -> PathBuf {
         self.dir.join("vhost.sock")
     }

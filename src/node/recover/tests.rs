@@ -80,7 +80,7 @@ fn each_stage_is_told_and_forced_as_the_table_says() {
         (Some(source(SourceStage::Offered)), 0, "here", "", 0),
         (Some(source(SourceStage::Relinquished { synced: true })), 0, "peer", "", 2),
         (Some(source(SourceStage::Relinquished { synced: false })), 0, "peer", "", 2),
-        (Some(source(SourceStage::Released)), 0, "peer", "", 2),
+        (Some(source(SourceStage::Released { synced: true })), 0, "peer", "", 2),
         (Some(destination(DestinationStage::Receiving)), 3, "peer", "torn", 0),
         (Some(destination(DestinationStage::Prepared)), 3, "undecided", "", 5),
         (Some(active(false)), 3, "here", "", 3),

@@ -14,10 +14,10 @@
 //! Reads run on tokio's blocking threads: a base image may lie on a network file system that blocks for long, and must
 //! then not hold up the companion thread.
 
-use super::{BaseError, BaseImage, BoxFuture, LocalFile};
+use super::{BaseError, BaseImage, BoxFuture};
 use crate::config::CacheMode;
 use crate::core::message::BaseIdentity;
-use crate::engine::DirectFile;
+use crate::engine::{AnyFile, DirectFile};
 use bytes::Bytes;
 use std::fs::File;
 use std::io;
@@ -112,8 +112,8 @@ impl BaseImage for FileBase {
         })
     }
 
-    fn local(&self) -> Option<LocalFile<'_>> {
-        Some(LocalFile { file: &self.file, direct: self.direct.as_ref() })
+    fn local(&self) -> Option<AnyFile<'_>> {
+        Some(AnyFile::Kernel { file: &self.file, direct: self.direct.as_ref() })
     }
 
     fn describe(&self) -> String {

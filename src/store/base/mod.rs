@@ -11,9 +11,8 @@ pub mod file;
 
 use crate::config::CacheMode;
 use crate::core::message::BaseIdentity;
-use crate::engine::DirectFile;
+use crate::engine::AnyFile;
 use bytes::Bytes;
-use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -74,22 +73,14 @@ pub trait BaseImage: Send + Sync {
     /// That of the medium. The image has not changed in length, or this is `UnexpectedEof`.
     fn read(&self, offset: u64, len: usize) -> BoxFuture<'_, io::Result<Bytes>>;
 
-    /// The image as a file of this host, if it is one: whoever reads it itself needs no copy and no other thread.
-    fn local(&self) -> Option<LocalFile<'_>> {
+    /// The image as a file of this host, if it is one: whoever reads it itself needs no copy and no other thread. It has
+    /// [`len`](Self::len) bytes.
+    fn local(&self) -> Option<AnyFile<'_>> {
         None
     }
 
     /// The image in words, for logs and status.
     fn describe(&self) -> String;
-}
-
-/// A base image in a file of this host; it has [`BaseImage::len`] bytes.
-#[derive(Debug, Clone, Copy)]
-pub struct LocalFile<'a> {
-    /// Its descriptor.
-    pub file: &'a File,
-    /// The same past the page cache.
-    pub direct: Option<&'a DirectFile>,
 }
 
 impl std::fmt::Debug for dyn BaseImage {
