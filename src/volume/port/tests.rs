@@ -469,3 +469,17 @@ fn an_error_of_the_file_has_its_status() {
     assert_eq!(super::pieces::status_of(&Err(std::io::ErrorKind::UnexpectedEof.into())), Status::IoError);
     assert_eq!(super::pieces::status_of(&Ok(())), Status::Ok);
 }
+
+#[test]
+fn a_port_that_is_dropped_spends_the_tokens_of_what_it_leaves_unanswered() {
+    let disk = Disk::new(u64::from(CHUNK), None);
+    let mut daemon = disk.open();
+    // Nobody logs in this process: what a log line would have done is not done.
+    daemon.write(0, &[1; 4096]);
+    daemon.volume.gate().close(Closed::Offered);
+    daemon.read(0, 4096);
+    drop(daemon);
+    // An unspent token would have failed this test.
+    let mut daemon = disk.open();
+    assert_eq!(daemon.read_now(0, 4096), [1; 4096]);
+}
