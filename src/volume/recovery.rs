@@ -13,11 +13,38 @@
 //! at: a disk that is written in part all over has very many.
 
 use super::table::Table;
+use super::volume::Volume;
 use crate::core::chunk::ChunkState;
-use crate::core::geometry::{ChunkId, Geometry};
+use crate::core::geometry::{BlockMask, ChunkId, Geometry, Span};
 use crate::store::{Run, Store};
 use std::io;
 use std::ops::Range;
+
+impl Volume {
+    /// Whether blocks of the chunk that are not valid are holes, and not somebody else's content.
+    pub(super) fn stands_on_nothing(&self, chunk: ChunkId) -> bool {
+        !self.table().has_base(chunk) && self.table().look(chunk).state == ChunkState::Base
+    }
+
+    /// A write of `span` has reached the layer, and its claim of `blocks` could not be noted: where they must be holes, they
+    /// become such again. Only what this write has written: a block may have a part that another one has written.
+    /// Blocks, for it is rare.
+    pub(super) fn take_back(&self, span: Span, blocks: BlockMask) {
+        let chunk = span.chunk;
+        if !self.stands_on_nothing(chunk) {
+            return;
+        }
+        let geometry = self.geometry();
+        for run in blocks.minus(self.table().look(chunk).mask).runs() {
+            let range = geometry.block_bytes(chunk, &run);
+            let (start, end) = (range.start.max(span.start), range.end.min(span.start + span.len));
+            let offset = geometry.chunk_start(chunk) + u64::from(start);
+            if let Err(error) = self.layer().punch(offset, u64::from(end.saturating_sub(start))) {
+                self.fail(&format!("what is left of a failed write to {chunk} cannot be dropped: {error}"));
+            }
+        }
+    }
+}
 
 /// Punches every range of the layer that must be a hole.
 pub(super) fn make_holes(store: &Store, runs: &[Run], table: &Table) -> io::Result<()> {
@@ -68,7 +95,6 @@ fn holes(
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::core::geometry::BlockMask;
     use crate::core::message::Version;
 
     #[test]

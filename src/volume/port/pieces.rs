@@ -9,7 +9,6 @@ use super::{
     Status, Step, VolumeEvent, WINDOW,
 };
 use crate::core::chunk::{Access, ChunkState};
-use crate::core::geometry::ChunkId;
 use crate::volume::table::{Begun, TableError};
 use std::io;
 
@@ -211,7 +210,7 @@ impl Port {
             let claim = Claim { chunk: span.chunk, blocks: *claim };
             // Where nothing lies under a chunk, what a failed write has left in the layer is valid all the same: else it
             // would read as zeros now and come back when a neighbour is written.
-            if !claim.blocks.is_empty() && (result.is_ok() || self.stands_on_nothing(claim.chunk)) {
+            if !claim.blocks.is_empty() && (result.is_ok() || self.volume.stands_on_nothing(claim.chunk)) {
                 claims.push(claim);
             }
         }
@@ -222,12 +221,6 @@ impl Port {
         self.synced(&batch);
         self.batch = batch;
         self.batch.clear();
-    }
-
-    /// Whether blocks of the chunk that are not valid are holes, and not somebody else's content.
-    fn stands_on_nothing(&self, chunk: ChunkId) -> bool {
-        let table = self.volume.table();
-        !table.has_base(chunk) && table.look(chunk).state == ChunkState::Base
     }
 
     fn publish(&self, claims: &[Claim]) -> bool {
@@ -256,8 +249,11 @@ impl Port {
         match std::mem::replace(&mut piece.step, Step::Reading) {
             Step::Reading | Step::Parked => {}
             Step::Writing { claim } => {
-                if !claim.is_empty() && !published && status == Status::Ok {
-                    status = Status::IoError;
+                if !claim.is_empty() && !published {
+                    self.volume.take_back(span, claim);
+                    if status == Status::Ok {
+                        status = Status::IoError;
+                    }
                 }
                 self.volume.table().end_write(span.chunk);
                 self.note(span.chunk, self.volume.geometry().outer(span), status);

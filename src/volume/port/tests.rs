@@ -5,9 +5,13 @@
 
 use crate::core::chunk::ChunkState;
 use crate::core::geometry::ChunkId;
+use crate::engine::sim::SimFault;
+use crate::engine::{IoBuf, SimDisk};
+use crate::store::{BootId, StateDir, Store, StoreParams};
 use crate::volume::testing::{CHUNK, Daemon, Disk};
 use crate::volume::*;
 use proptest::prelude::*;
+use std::sync::Arc;
 
 const SECTOR: usize = 512;
 /// Five chunks and an odd rest.
@@ -482,4 +486,46 @@ fn a_port_that_is_dropped_spends_the_tokens_of_what_it_leaves_unanswered() {
     // An unspent token would have failed this test.
     let mut daemon = disk.open();
     assert_eq!(daemon.read_now(0, 4096), [1; 4096]);
+}
+
+/// Lets a simulated disk carry out what a port has begun; statuses in their order.
+fn drive(disk: &SimDisk, port: &mut Port) -> Vec<Status> {
+    let mut statuses = Vec::new();
+    loop {
+        port.wait(0, None).unwrap();
+        while let Some(event) = port.next() {
+            if let PortEvent::Completed { token, status, .. } = event {
+                token.spend();
+                statuses.push(status);
+            }
+        }
+        let Some(due) = disk.next_due() else { return statuses };
+        disk.advance(due);
+    }
+}
+
+#[test]
+fn a_write_whose_claim_cannot_be_noted_does_not_come_back_when_its_neighbour_is_written() {
+    let disk = SimDisk::new(1);
+    let params =
+        StoreParams { size: Some(u64::from(CHUNK)), chunk_size: Some(CHUNK), ..StoreParams::default() };
+    let store = Store::open_at_boot(StateDir::simulated(&disk, None), &params, BootId([1; 16])).unwrap();
+    let options = VolumeOptions { read_only: false, write_cache: true };
+    let (volume, _events) = Volume::open(store, options, Box::new(|| {})).unwrap();
+    volume.gate().open();
+    let mut port = Port::new(Arc::clone(&volume), 0).unwrap();
+    let write = |port: &mut Port, offset, len| {
+        let buf = IoBuf::copy_of(&vec![7; len]);
+        port.submit(Request::write(&volume, offset, buf, Token::new(1)).unwrap());
+        drive(&disk, port)
+    };
+    // The first change is that of the layer, the second the note in the journal.
+    disk.fail_at(2, SimFault::Errno(libc::EIO));
+    assert_eq!(write(&mut port, 512, 2048), [Status::IoError]);
+    assert_eq!(write(&mut port, 0, 512), [Status::Ok]);
+    assert_eq!(write(&mut port, 2560, 512), [Status::Ok]);
+    let buf = IoBuf::copy_of(&[0xee; 3072]);
+    port.submit(Request::read(&volume, 0, buf.slice(0, 3072), Token::new(2)).unwrap());
+    assert_eq!(drive(&disk, &mut port), [Status::Ok]);
+    assert_eq!(buf.to_vec(), [vec![7; 512], vec![0; 2048], vec![7; 512]].concat());
 }
