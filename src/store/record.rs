@@ -211,7 +211,9 @@ impl std::fmt::Debug for RecordFile {
 }
 
 impl RecordFile {
-    /// Opens the file, or makes it.
+    /// Opens the file, or makes it. What it holds is durable then: a daemon that was killed may have written a record and
+    /// not synced it, and a sync that failed is forgotten. Whoever acts on such a record must not find the one before it
+    /// after a crash of the host. So it is written again, into the other slot.
     ///
     /// # Errors
     /// [`StoreError`]: unreadable, of another version, or without a valid slot.
@@ -231,7 +233,11 @@ impl RecordFile {
         let turn =
             Turn { seq: best.as_ref().map_or(0, |(_, slot)| slot.seq), newest: best.as_ref().map(|b| b.0) };
         let loaded = best.map(|(_, slot)| (slot.record, slot.boot == boot));
-        Ok(Self { file, boot, turn: Mutex::new(turn), loaded })
+        let opened = Self { file, boot, turn: Mutex::new(turn), loaded };
+        if let Some((record, true)) = &opened.loaded {
+            opened.store(record).map_err(StoreError::io("write", &path))?;
+        }
+        Ok(opened)
     }
 
     /// The record as it was when the file was opened, and whether it was written since the host booted.

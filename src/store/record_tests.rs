@@ -83,7 +83,7 @@ proptest! {
         let used = HEADER + body.len();
         // Both slots hold it; one damaged slot does no harm, two are damage and not "no record".
         disk.flip(NAME, SLOT + flip.index(used));
-        prop_assert_eq!(RecordFile::open(&disk, BOOT).unwrap().load(), Some((record, true)));
+        prop_assert_eq!(RecordFile::open(&disk, BootId([2; 16])).unwrap().load(), Some((record, false)));
         disk.flip(NAME, flip.index(used));
         prop_assert!(RecordFile::open(&disk, BOOT).is_err());
     }
@@ -160,6 +160,24 @@ fn an_error_at_every_operation_never_costs_the_record_before() {
                 found == durable || found == tried,
                 "at {at}, seed {seed}: {found} of {durable}, {tried}"
             );
+        }
+    }
+}
+
+#[test]
+fn a_record_that_was_found_is_durable_even_if_its_daemon_died_before_it_was_synced() {
+    for at in 1..4 {
+        for fault in [Fault::Stop, Fault::Errno(libc::EIO)] {
+            let disk = Disk::new();
+            let file = RecordFile::open(&disk, BOOT).unwrap();
+            file.store(&numbered(1)).unwrap();
+            disk.fail_at(at, fault);
+            drop(file.store(&numbered(2)));
+            // Killed, and started again while the host is up: this is what the daemon acts on.
+            disk.heal();
+            let found = loaded(&disk);
+            disk.crash(0);
+            assert_eq!(loaded(&disk), found, "at {at}, {fault:?}");
         }
     }
 }
