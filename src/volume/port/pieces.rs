@@ -9,6 +9,7 @@ use super::{
     Status, Step, VolumeEvent, WINDOW,
 };
 use crate::core::chunk::{Access, ChunkState};
+use crate::core::geometry::ChunkId;
 use crate::volume::table::{Begun, TableError};
 use std::io;
 
