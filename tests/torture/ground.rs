@@ -127,6 +127,11 @@ impl SmallDisk {
         (Self { mount }, dir)
     }
 
+    /// Whether nothing fills it.
+    pub fn has_space(&self) -> bool {
+        std::fs::metadata(self.mount.join("filler")).map_or(true, |filler| filler.len() == 0)
+    }
+
     /// Fills it to the last byte, and frees it again after this time.
     pub fn fill(&self, time: Duration) -> impl Fn() + Send + use<> {
         let path = self.mount.join("filler");

@@ -267,7 +267,9 @@ impl Play {
         let full = matches!(self.case.blow, Blow::Full(_));
         self.until("the push", |play| {
             let Some(status) = play.status(play.source) else { return false };
-            if full && status.state == MigrationState::Failed && play.ask() {
+            // Not before there is space: a destination that cannot drop what came names that as its fault until it ends.
+            let space = play.disk.as_ref().is_some_and(SmallDisk::has_space);
+            if full && space && status.state == MigrationState::Failed && play.ask() {
                 play.failures += 1;
             }
             status.connected && status.state == MigrationState::Active
