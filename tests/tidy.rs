@@ -37,7 +37,8 @@ const UNSAFE: &[&str] = &[
 ];
 
 /// Traps that must have a test (the design rules out the others by construction, or they are of whole systems).
-const TRAPS: &[u32] = &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 23, 24, 25, 26, 27];
+const TRAPS: &[u32] =
+    &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 23, 24, 25, 26, 27];
 
 const MAX_FILE: usize = 600;
 const MAX_FUNCTION: usize = 70;

@@ -359,6 +359,10 @@ impl Node {
 
     /// What had come before was dropped, or could not be.
     fn on_dropped<T>(&mut self, result: Result<T, String>, tell: impl FnOnce(&mut DestinationSession, T)) {
+        if result.is_ok() && std::mem::take(&mut self.unwiped) {
+            // What could not be dropped before is dropped now.
+            self.fault.clear();
+        }
         match (result, self.destination_mut()) {
             (Ok(kept), Some(destination)) => tell(&mut destination.session, kept),
             (Ok(_), None) => {}

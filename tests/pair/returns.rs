@@ -59,7 +59,8 @@ fn only_what_has_changed_travels_back() {
                 write(&mut world, range);
             }
             let back = travel(&mut world, strategy);
-            assert!(travelled(&back) <= 5 * CHUNK_BYTES, "{back:?}");
+            // What was on its way when the rings stopped travels once more.
+            assert!(travelled(&back) <= 2 * 5 * CHUNK_BYTES, "{back:?}");
             // Parts of chunks over a base image are not whole at the other side, and travel.
             assert!(
                 travelled(&back) > 0 && back.kept_bytes + 6 * CHUNK_BYTES >= travelled(&first),
@@ -102,7 +103,7 @@ fn t23_a_daemon_that_was_started_again_still_has_what_it_gave_away() {
     world.settle();
     let back = travel(&mut world, StrategyName::Hybrid);
     assert!(back.kept_chunks > 100, "{back:?}");
-    assert!(travelled(&back) <= CHUNK_BYTES, "{back:?}");
+    assert!(travelled(&back) <= 2 * CHUNK_BYTES, "{back:?}");
     world.finish();
 }
 
