@@ -8,7 +8,7 @@ use blkferry::core::chunk::ChunkState;
 use blkferry::core::destination::Installed;
 use blkferry::core::geometry::{BlockMask, ChunkId};
 use blkferry::core::message::{Body, ChunkData, Version};
-use blkferry::core::ownership::{DestinationStep, SourceStep};
+use blkferry::core::ownership::SourceStep;
 use blkferry::core::record::{DestinationStage, MigrationRecord, Role, SourceStage};
 use blkferry::core::source::Capture;
 
@@ -301,23 +301,6 @@ impl World {
         if let NodeRole::Source(session) = &mut self.sides[side].role {
             for (chunk, (passes, plain)) in written {
                 session.handle_wrote(now, chunk, passes, plain);
-            }
-        }
-    }
-
-    /// The step of a side's session, in words, for the checks.
-    pub(crate) fn may_serve(&self, side: usize) -> bool {
-        match &self.sides[side].role {
-            NodeRole::Serving => true,
-            NodeRole::Idle => false,
-            // Until the record of the offer is asked for.
-            NodeRole::Source(session) => {
-                blkferry::core::ownership::source_serves(session.step())
-                    || session.step() == SourceStep::Leaving
-            }
-            NodeRole::Destination(session) => {
-                blkferry::core::ownership::destination_serves(session.step())
-                    || (session.step() == DestinationStep::Left)
             }
         }
     }

@@ -16,6 +16,7 @@ mod jobs;
 mod life;
 mod model;
 mod net;
+mod rules;
 mod volume;
 mod world;
 

@@ -37,11 +37,19 @@ fn bytes_of(sector: usize, len: usize) -> Range<usize> {
     start..(start + SIM_SECTOR).min(len)
 }
 
+/// `Vec::resize` with zeros, but fast in unoptimised builds too.
+fn set_len(content: &mut Vec<u8>, len: usize) {
+    match len.checked_sub(content.len()) {
+        Some(more) => content.append(&mut vec![0; more]),
+        None => content.truncate(len),
+    }
+}
+
 /// Puts the bytes of a sector into place.
 fn put(content: &mut Vec<u8>, sector: usize, bytes: &[u8]) {
     let start = sector * SIM_SECTOR;
     if content.len() < start + bytes.len() {
-        content.resize(start + bytes.len(), 0);
+        set_len(content, start + bytes.len());
     }
     content[start..start + bytes.len()].copy_from_slice(bytes);
 }
@@ -67,7 +75,7 @@ impl Inode {
     pub(super) fn write(&mut self, at: usize, bytes: &[u8]) -> Range<usize> {
         let range = at..at + bytes.len();
         if self.cached.len() < range.end {
-            self.cached.resize(range.end, 0);
+            set_len(&mut self.cached, range.end);
         }
         self.cached[range.clone()].copy_from_slice(bytes);
         self.touch(range)
@@ -82,7 +90,7 @@ impl Inode {
 
     pub(super) fn set_len(&mut self, len: usize) {
         let (old, new) = (self.cached.len().min(len), self.cached.len().max(len));
-        self.cached.resize(len, 0);
+        set_len(&mut self.cached, len);
         self.touch(old..new);
     }
 
@@ -120,7 +128,7 @@ impl Inode {
 
     /// Makes durable what a snapshot has, `late` as it is now; never goes back.
     pub(super) fn make_durable(&mut self, snapshot: &Snapshot, late: bool) {
-        self.durable.resize(if late { self.cached.len() } else { snapshot.len }, 0);
+        set_len(&mut self.durable, if late { self.cached.len() } else { snapshot.len });
         for (at, change, then) in &snapshot.sectors {
             let now: Box<[u8]>;
             let (change, bytes) = if late {
@@ -163,7 +171,7 @@ impl Inode {
     /// Power is lost; `length` says whether the new length was on the disk, `keeps` draws for each dirty sector.
     pub(super) fn crash(&mut self, length: bool, mut keeps: impl FnMut() -> bool) {
         if length {
-            self.durable.resize(self.cached.len(), 0);
+            set_len(&mut self.durable, self.cached.len());
         }
         let len = self.durable.len();
         for at in 0..self.sectors.len() {
