@@ -75,6 +75,9 @@ fn sweep(seeds: u64) -> (u64, Stats, Vec<u64>) {
                     if seed >= seeds || failed.lock().unwrap().len() >= 20 {
                         break;
                     }
+                    if seed > 0 && seed.is_multiple_of(500) {
+                        println!("{seed} seeds have begun");
+                    }
                     match run(seed) {
                         Some(stats) => sum.lock().unwrap().add(&stats),
                         None => failed.lock().unwrap().push(seed),
