@@ -323,7 +323,7 @@ impl World {
             DestinationAction::OpenFlush => self.volume(side).flush_gate().open(),
             DestinationAction::SetWriteCache(on) => self.sides[side].write_cache = on,
             DestinationAction::StartAnswered { allowed, .. } => self.answer_start(side, allowed),
-            DestinationAction::FailChunk { chunk, .. } => {
+            DestinationAction::FailChunk { chunk, .. } | DestinationAction::FailWaiting(chunk) => {
                 transfer.fail_waiters(chunk);
             }
             DestinationAction::Wipe => self.job(side, 0, Job::Wipe),
