@@ -32,8 +32,9 @@ use world::{Stats, World};
 /// Seeds of a run of all tests.
 const SEEDS: u64 = 1500;
 
-/// What need not happen: it says that something went wrong in a way that nothing can be said of.
-const RARE: [&str; 2] = ["mismatches", "excused"];
+/// What need not happen: offers that the peers do not agree on, runs of which nothing can be said, and a source's host that
+/// goes down in the short time between its grant and its sync (`tests/sim` has that one).
+const RARE: [&str; 3] = ["mismatches", "excused", "lost"];
 
 fn run(seed: u64) -> Option<Stats> {
     catch_unwind(AssertUnwindSafe(|| {
