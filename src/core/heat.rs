@@ -13,7 +13,7 @@ use super::set::ChunkSet;
 pub const MAX_COUNT: u8 = 253;
 
 /// What a write counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Counting {
     /// Passes over the chunk.
     #[default]
@@ -23,7 +23,7 @@ pub enum Counting {
 }
 
 /// Write counts of all chunks: one byte each.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Heat {
     counting: Counting,
     counts: Vec<u8>,
@@ -76,7 +76,7 @@ fn bucket_of(count: u8) -> usize {
 
 /// Chunks ordered by write count; every operation costs the same however many there are. Scanning for the maximum
 /// at each step, as the published pseudo-code does, is quadratic.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct BucketQueue {
     buckets: Vec<ChunkSet>,
     len: u32,

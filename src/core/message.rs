@@ -52,7 +52,7 @@ pub struct BaseIdentity {
 }
 
 /// What the source says first, on every connection.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Hello {
     /// The migration.
     pub migration: MigrationId,
@@ -79,7 +79,7 @@ pub struct Hello {
 }
 
 /// The destination's side of the handshake.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Welcome {
     /// The epoch that the destination has durably prepared, if it has one of this migration.
     pub prepared: Option<Epoch>,
@@ -193,7 +193,7 @@ pub enum Purpose {
 }
 
 /// The content of a chunk.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 pub enum Body {
     /// All zeros, as metadata.
     Zero,
@@ -234,7 +234,7 @@ impl Body {
 }
 
 /// A chunk on its way.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ChunkData {
     /// The migration, so that a stray stream cannot mix disks.
     pub migration: MigrationId,
@@ -251,7 +251,7 @@ pub struct ChunkData {
 }
 
 /// TRANSFER_IO_CONTROL: the last part of the remaining set has been announced; own the disk under `epoch` if granted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Offer {
     /// The epoch that the destination may activate.
     pub epoch: Epoch,
@@ -264,7 +264,7 @@ pub struct Offer {
 }
 
 /// Everything that one peer tells the other.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Message {
     /// Source: who it is and what it moves. First on every connection.
     Hello(Hello),

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 #![warn(clippy::wildcard_enum_match_arm)]
 
+mod aside;
 pub mod chunk;
 pub mod destination;
 pub mod geometry;

@@ -4,7 +4,7 @@
 use super::message::Refusal;
 
 /// Counters of one migration, as one side sees them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Progress {
     /// Chunks that the destination still lacks.
     pub remaining_chunks: u64,
@@ -33,7 +33,7 @@ pub struct Progress {
 }
 
 /// How a session ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Outcome {
     /// Everything is at the destination, and both sides know.
     Released,

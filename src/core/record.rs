@@ -8,7 +8,7 @@
 use super::message::{BaseIdentity, Epoch, Incarnation, MigrationId, RemainingDigest, VolumeId};
 
 /// The record of one volume. A new version is a new variant; old ones stay readable.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum MigrationRecord {
     /// First version.
     V1 {
@@ -22,7 +22,7 @@ pub enum MigrationRecord {
 }
 
 /// What a side is in the life of the volume.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Role {
     /// Owns the disk; no migration.
     Serving,
@@ -35,7 +35,7 @@ pub enum Role {
 }
 
 /// How far a source is. Order matters: later states never go back but by a reclaim.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SourceStage {
     /// Armed or pushing: the disk is served here.
     Pushing,
@@ -55,7 +55,7 @@ pub enum SourceStage {
 }
 
 /// A source's part of the record.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct SourceRecord {
     /// The migration.
     pub migration: MigrationId,
@@ -74,7 +74,7 @@ pub struct SourceRecord {
 }
 
 /// How far a destination is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DestinationStage {
     /// Takes chunks; owns nothing.
     Receiving,
@@ -90,7 +90,7 @@ pub enum DestinationStage {
 }
 
 /// A destination's part of the record.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct DestinationRecord {
     /// The migration.
     pub migration: MigrationId,

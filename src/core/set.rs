@@ -5,9 +5,10 @@
 //! bytes a chunk: 120 MB for each TiB.
 
 use super::geometry::ChunkId;
+use std::hash::{Hash, Hasher};
 
 /// An ordered set of chunks.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct ChunkSet {
     leaves: Vec<u64>,
     summary: Vec<u64>,
@@ -20,6 +21,12 @@ impl ChunkSet {
     pub fn with_capacity(chunks: u32) -> Self {
         let leaves = chunks.div_ceil(64) as usize;
         Self { leaves: vec![0; leaves], summary: vec![0; leaves.div_ceil(64)], len: 0 }
+    }
+
+    /// The leaves up to the last chunk.
+    fn used(&self) -> &[u64] {
+        let end = if self.len == 0 { None } else { self.leaves.iter().rposition(|word| *word != 0) };
+        &self.leaves[..end.map_or(0, |last| last + 1)]
     }
 
     /// Number of chunks in the set.
@@ -119,6 +126,21 @@ impl ChunkSet {
         self.leaves.fill(0);
         self.summary.fill(0);
         self.len = 0;
+    }
+}
+
+/// Equal sets have equal members, whatever room they have.
+impl PartialEq for ChunkSet {
+    fn eq(&self, other: &Self) -> bool {
+        self.len == other.len && self.used() == other.used()
+    }
+}
+
+impl Eq for ChunkSet {}
+
+impl Hash for ChunkSet {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.used().hash(state);
     }
 }
 

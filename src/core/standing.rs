@@ -15,7 +15,7 @@ const SETTLED: u8 = 1;
 const REMAINING: u8 = 2;
 
 /// What was told of one chunk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Told {
     /// Nothing: it is not in the source's modified set.
     Nothing,
@@ -44,7 +44,7 @@ impl Told {
 }
 
 /// The table; see the module's header.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Standings {
     told: Vec<u8>,
     digest: u128,

@@ -13,11 +13,12 @@
 //! ```
 
 use super::{DestinationAction, DestinationSession};
+use crate::core::aside::Aside;
 use crate::core::ownership::DestinationStep;
 use std::time::Duration;
 
 /// What a guest gets that wants a remote chunk while the source is away.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum OnSourceLoss {
     /// Nothing, for as long as it takes.
     #[default]
@@ -45,10 +46,10 @@ pub enum SourceLoss {
 }
 
 /// The policy, and since when it matters.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub(super) struct Away {
     policy: OnSourceLoss,
-    since: Option<Duration>,
+    since: Option<Aside<Duration>>,
     failing: bool,
 }
 
@@ -65,7 +66,7 @@ impl DestinationSession {
     #[must_use]
     pub fn source_loss(&self) -> SourceLoss {
         match self.away.since.filter(|_| self.needs_source()) {
-            Some(since) => SourceLoss::Away { since, failing: self.away.failing },
+            Some(since) => SourceLoss::Away { since: *since, failing: self.away.failing },
             None => SourceLoss::Here,
         }
     }
@@ -76,7 +77,7 @@ impl DestinationSession {
     }
 
     pub(super) fn source_gone(&mut self, now: Duration) {
-        self.away.since.get_or_insert(now);
+        self.away.since.get_or_insert(Aside(now));
     }
 
     pub(super) fn source_back(&mut self) {
@@ -88,7 +89,7 @@ impl DestinationSession {
     pub(super) fn away_deadline(&self) -> Option<Duration> {
         let OnSourceLoss::Error { grace } = self.away.policy else { return None };
         let since = self.away.since.filter(|_| self.needs_source() && !self.away.failing);
-        since.map(|since| since + grace)
+        since.map(|since| *since + grace)
     }
 
     pub(super) fn away_timeout(&mut self, now: Duration) {

@@ -84,7 +84,7 @@ impl DestinationSession {
         }
         // An acknowledgement that is held already stays bounded when the rings ask on their own as well.
         let held = self.start.and_then(|start| start.deadline);
-        let deadline = hold.then(|| now + START_HOLD).or(held);
+        let deadline = hold.then(|| Aside(now + START_HOLD)).or(held);
         let asked = self.start.is_some_and(|start| start.asked);
         self.start = Some(Start { asked, deadline });
         self.ask_for_disk();

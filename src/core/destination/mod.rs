@@ -16,6 +16,7 @@ mod pull;
 #[cfg(test)]
 mod tests;
 
+use super::aside::{Aside, Due};
 use super::geometry::{ChunkId, Geometry};
 use super::message::{
     BaseIdentity, ChunkData, Epoch, Hello, Incarnation, Message, MigrationId, Offer, Refusal,
@@ -36,7 +37,7 @@ pub const START_HOLD: Duration = Duration::from_secs(20);
 const RETRY: Duration = Duration::from_secs(1);
 
 /// What the destination's own side is.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct LocalFacts {
     /// Geometry of the volume here.
     pub geometry: Geometry,
@@ -61,7 +62,7 @@ pub struct LocalFacts {
 }
 
 /// The end of an install.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Installed {
     /// The version is in the layer, around what the guest has written here.
     Done,
@@ -72,7 +73,7 @@ pub enum Installed {
 }
 
 /// What the driver shall do.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum DestinationAction {
     /// Say this on the control stream.
     Send(Message),
@@ -134,15 +135,15 @@ pub enum DestinationAction {
 }
 
 /// A ring start that wants the disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Start {
     /// Asked the source since the last (re)connection or offer.
     asked: bool,
-    deadline: Option<Duration>,
+    deadline: Option<Due>,
 }
 
 /// The destination's session.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct DestinationSession {
     facts: LocalFacts,
     step: DestinationStep,
@@ -169,7 +170,7 @@ pub struct DestinationSession {
     start: Option<Start>,
     source_synced: bool,
     synced_recorded: bool,
-    retry_sync: Option<Duration>,
+    retry_sync: Option<Due>,
     outcome: Option<Outcome>,
     seq: u64,
     /// The write that ends the step.
@@ -500,7 +501,7 @@ impl DestinationSession {
             self.persist(DestinationStage::Complete, None);
         } else {
             self.go(DestinationStep::Active);
-            self.retry_sync = Some(now + RETRY);
+            self.retry_sync = Some(Aside(now + RETRY));
         }
     }
 
@@ -563,17 +564,18 @@ impl DestinationSession {
         // While the ownership is being written it cannot be refused any more.
         let waits = self.step != DestinationStep::Activating;
         let start = self.start.filter(|_| waits).and_then(|start| start.deadline);
-        [start, self.retry_sync, self.pull.retry_at(), self.away_deadline()].into_iter().flatten().min()
+        let own = [start, self.retry_sync, self.pull.retry_at()].into_iter().flatten().map(|at| *at);
+        own.chain(self.away_deadline()).min()
     }
 
     /// The time given by `next_timeout` has come.
     pub fn handle_timeout(&mut self, now: Duration) {
-        if self.start.is_some_and(|start| start.deadline.is_some_and(|at| at <= now))
+        if self.start.is_some_and(|start| start.deadline.is_some_and(|at| *at <= now))
             && self.step != DestinationStep::Activating
         {
             self.answer_start(false, None);
         }
-        if self.retry_sync.is_some_and(|at| at <= now) {
+        if self.retry_sync.is_some_and(|at| *at <= now) {
             self.retry_sync = None;
             self.consider_completion();
         }

@@ -17,6 +17,7 @@
 //! loses it when the pull fails. There is no suspended and resumed prefetcher either: demands go first by order.
 
 use super::{DestinationAction, DestinationSession, Installed};
+use crate::core::aside::{Aside, Due};
 use crate::core::geometry::{ChunkId, Geometry};
 use crate::core::heat::BucketQueue;
 use crate::core::message::{
@@ -39,7 +40,7 @@ const MAX_ACKS: usize = 256;
 const RETRY: Duration = Duration::from_secs(1);
 
 /// See the module's header.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Pull {
     geometry: Geometry,
     told: Standings,
@@ -55,10 +56,10 @@ pub(super) struct Pull {
     demands: VecDeque<ChunkId>,
     remaining: ChunkSet,
     failed: ChunkSet,
-    retry_at: Option<Duration>,
+    retry_at: Option<Due>,
     hot_base: VecDeque<ChunkId>,
     fetching: u32,
-    progress: Progress,
+    progress: Aside<Progress>,
 }
 
 impl Pull {
@@ -79,7 +80,7 @@ impl Pull {
             retry_at: None,
             hot_base: VecDeque::new(),
             fetching: 0,
-            progress: Progress::default(),
+            progress: Aside::default(),
         }
     }
 
@@ -250,12 +251,12 @@ impl Pull {
         self.hot_base.extend(chunks.into_iter().filter(|chunk| self.geometry.has(*chunk)));
     }
 
-    pub(super) fn retry_at(&self) -> Option<Duration> {
+    pub(super) fn retry_at(&self) -> Option<Due> {
         self.retry_at
     }
 
     pub(super) fn progress(&self) -> Progress {
-        self.progress
+        *self.progress
     }
 
     fn count(&mut self, data: &ChunkData) {
@@ -491,11 +492,11 @@ impl DestinationSession {
         self.pull.asked.remove(&chunk);
         self.pull.queue.remove(chunk);
         self.pull.failed.insert(chunk);
-        self.pull.retry_at = Some(now + RETRY);
+        self.pull.retry_at = Some(Aside(now + RETRY));
     }
 
     pub(super) fn retry_pulls(&mut self, now: Duration) {
-        if self.pull.retry_at.is_some_and(|at| at <= now) {
+        if self.pull.retry_at.is_some_and(|at| *at <= now) {
             self.pull.retry_at = None;
             while let Some(chunk) = self.pull.failed.take_next(ChunkId(0)) {
                 self.pull.demands.push_back(chunk);

@@ -8,7 +8,7 @@ use crate::core::strategy::Strategy;
 use std::time::Duration;
 
 /// What a session is made with.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ArmParams {
     /// What the source says of itself; its epoch is the current one.
     pub hello: Hello,
@@ -35,7 +35,7 @@ pub struct ArmParams {
 }
 
 /// Chunks that the source of an earlier migration has as they are here.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Unchanged {
     /// The migration in which they came.
     pub migration: MigrationId,

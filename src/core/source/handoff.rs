@@ -139,7 +139,7 @@ impl SourceSession {
         }
         let released = matches!(self.step, SourceStep::Releasing | SourceStep::Released);
         if !ok {
-            self.retry_sync = Some(now + RETRY).filter(|_| !released);
+            self.retry_sync = Some(Aside(now + RETRY)).filter(|_| !released);
             return;
         }
         self.synced = true;
@@ -194,7 +194,7 @@ impl SourceSession {
             return self.finish();
         }
         self.send(Message::Cancel);
-        self.farewell = Some(now + FAREWELL);
+        self.farewell = Some(Aside(now + FAREWELL));
     }
 
     pub(super) fn finish(&mut self) {

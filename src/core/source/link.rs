@@ -28,7 +28,7 @@ impl SourceSession {
     /// A connection is there: says who this is.
     pub fn handle_connected(&mut self, _now: Duration) {
         self.link = Link::Greeted;
-        self.backoff = MIN_BACKOFF;
+        *self.backoff = MIN_BACKOFF;
         let hello = Hello { epoch: self.durable_epoch, ..self.params.hello.clone() };
         self.send(Message::Hello(hello));
     }
@@ -49,8 +49,8 @@ impl SourceSession {
             }
             self.farewells -= 1;
         }
-        self.actions.push_back(SourceAction::Connect { not_before: now + self.backoff });
-        self.backoff = (self.backoff * 2).min(MAX_BACKOFF);
+        self.actions.push_back(SourceAction::Connect { not_before: now + *self.backoff });
+        *self.backoff = (*self.backoff * 2).min(MAX_BACKOFF);
     }
 
     pub(super) fn hang_up(&mut self, now: Duration) {
@@ -153,7 +153,7 @@ impl SourceSession {
         self.push.end_listing();
         self.link = Link::Agreed;
         self.ever_agreed = true;
-        self.announce_at = Some(now);
+        self.announce_at = Some(Aside(now));
         match self.step {
             SourceStep::Offered => self.offer(),
             SourceStep::Relinquished => {

@@ -17,6 +17,7 @@ mod push;
 #[cfg(test)]
 mod tests;
 
+use super::aside::{Aside, Due};
 use super::geometry::{ChunkId, Geometry};
 use super::message::{
     Body, ChunkData, Epoch, Hello, Message, MigrationId, Offer, Purpose, Refusal, RemainingDigest, Version,
@@ -46,7 +47,7 @@ const FAREWELLS: u32 = 16;
 const RETRY: Duration = Duration::from_secs(1);
 
 /// The end of a capture.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Capture {
     /// The chunk was read.
     Done {
@@ -62,7 +63,7 @@ pub enum Capture {
 }
 
 /// What the driver shall do.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum SourceAction {
     /// Say this on the control stream.
     Send(Message),
@@ -110,7 +111,7 @@ pub enum SourceAction {
 }
 
 /// How far the conversation with the destination is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Link {
     /// No connection.
     Down,
@@ -123,7 +124,7 @@ enum Link {
 }
 
 /// The source's session.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct SourceSession {
     params: ArmParams,
     step: SourceStep,
@@ -153,14 +154,14 @@ pub struct SourceSession {
     cancel_asked: bool,
     outcome: Option<Outcome>,
     seq: u64,
-    backoff: Duration,
-    stop_deadline: Option<Duration>,
-    farewell: Option<Duration>,
+    backoff: Aside<Duration>,
+    stop_deadline: Option<Due>,
+    farewell: Option<Due>,
     /// Attempts left to tell the destination that it is released.
     farewells: u32,
-    announce_at: Option<Duration>,
-    halve_at: Duration,
-    retry_sync: Option<Duration>,
+    announce_at: Option<Due>,
+    halve_at: Due,
+    retry_sync: Option<Due>,
     actions: VecDeque<SourceAction>,
 }
 
@@ -252,12 +253,12 @@ impl SourceSession {
             cancel_asked: false,
             outcome: None,
             seq: 0,
-            backoff: MIN_BACKOFF,
+            backoff: Aside(MIN_BACKOFF),
             stop_deadline: None,
             farewell: None,
             farewells: FAREWELLS,
             announce_at: None,
-            halve_at: now + params.half_life,
+            halve_at: Aside(now + params.half_life),
             retry_sync: None,
             actions: VecDeque::new(),
             params,
@@ -414,7 +415,7 @@ impl SourceSession {
         self.rings_running = false;
         self.write_cache = write_cache;
         self.stop_answered = false;
-        self.stop_deadline = Some(now + STOP_HOLD);
+        self.stop_deadline = Some(Aside(now + STOP_HOLD));
         self.restart_seen = false;
         match self.step {
             SourceStep::Arming => self.stop_seen = true,
@@ -440,7 +441,7 @@ impl SourceSession {
             && self.push.remaining() > 0
         {
             self.go(SourceStep::Draining);
-            self.stop_deadline.get_or_insert(now + STOP_HOLD);
+            self.stop_deadline.get_or_insert(Aside(now + STOP_HOLD));
         } else {
             self.begin_offer();
         }
@@ -547,31 +548,31 @@ impl SourceSession {
         let halve = self.pushes().then_some(self.halve_at);
         let times =
             [self.stop_deadline, self.farewell, announce, halve, self.retry_sync, self.push.retry_at()];
-        times.into_iter().flatten().min()
+        times.into_iter().flatten().map(|at| *at).min()
     }
 
     /// The time given by `next_timeout` has come.
     pub fn handle_timeout(&mut self, now: Duration) {
-        if self.stop_deadline.is_some_and(|at| at <= now) {
+        if self.stop_deadline.is_some_and(|at| *at <= now) {
             if self.step == SourceStep::Draining {
                 self.begin_offer();
             }
             self.answer_stop();
         }
-        if self.farewell.is_some_and(|at| at <= now) {
+        if self.farewell.is_some_and(|at| *at <= now) {
             self.finish();
         }
-        if self.announce_at.is_some_and(|at| at <= now) && self.pushes() {
+        if self.announce_at.is_some_and(|at| *at <= now) && self.pushes() {
             self.announce_all();
-            self.announce_at = Some(now + ANNOUNCE_EVERY);
+            self.announce_at = Some(Aside(now + ANNOUNCE_EVERY));
         }
-        if self.halve_at <= now {
-            self.halve_at = now + self.params.half_life;
+        if *self.halve_at <= now {
+            *self.halve_at = now + self.params.half_life;
             if self.pushes() {
                 self.push.halve();
             }
         }
-        if self.retry_sync.is_some_and(|at| at <= now) {
+        if self.retry_sync.is_some_and(|at| *at <= now) {
             self.retry_sync = None;
             self.sync_layer();
         }

@@ -12,6 +12,7 @@
 //! push, and so forgets a write that came during it. `Pending` and `Flying` together are RemainingSet.
 
 use super::{ArmParams, Capture, Link, SourceAction, SourceSession};
+use crate::core::aside::{Aside, Due};
 use crate::core::geometry::{ChunkId, Geometry};
 use crate::core::heat::{BucketQueue, Heat};
 use crate::core::message::{
@@ -30,7 +31,7 @@ const MANY_NEWS: u32 = 1024;
 /// A pull that is asked for again this long after its chunk was sent is served again.
 const RESEND_AFTER: Duration = Duration::from_millis(500);
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u8)]
 enum View {
     Absent,
@@ -39,17 +40,17 @@ enum View {
     Clean,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Flight {
     purpose: Purpose,
     /// A write was told since the capture was asked for.
     dirtied: bool,
     /// Version and time of sending, once sent.
-    sent: Option<(Version, Duration)>,
+    sent: Option<(Version, Due)>,
 }
 
 /// See the module's header.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Push {
     geometry: Option<Geometry>,
     view: Vec<View>,
@@ -65,12 +66,13 @@ pub(super) struct Push {
     /// The migration in which the disk came, and its chunks that have not been written since; `settled` has their versions.
     came_in: Option<MigrationId>,
     unchanged: ChunkSet,
-    pushed_before: ChunkSet,
+    /// Only for the counters.
+    pushed_before: Aside<ChunkSet>,
     cursor: ChunkId,
     limit: u32,
     window: usize,
-    retry_at: Option<Duration>,
-    progress: Progress,
+    retry_at: Option<Due>,
+    progress: Aside<Progress>,
 }
 
 impl Push {
@@ -95,12 +97,12 @@ impl Push {
             hot_base,
             came_in: params.unchanged.as_ref().map(|unchanged| unchanged.migration),
             unchanged: ChunkSet::default(),
-            pushed_before: ChunkSet::default(),
+            pushed_before: Aside::default(),
             cursor: ChunkId(0),
             limit: params.strategy.push_below(params.threshold),
             window: params.push_window as usize,
             retry_at: None,
-            progress: Progress::default(),
+            progress: Aside::default(),
         };
         for chunk in modified {
             if push.view_of(chunk) == Some(View::Absent) {
@@ -341,12 +343,12 @@ impl Push {
         queued.into_iter().for_each(|chunk| self.make_pending(chunk));
     }
 
-    pub(super) fn retry_at(&self) -> Option<Duration> {
+    pub(super) fn retry_at(&self) -> Option<Due> {
         self.retry_at
     }
 
     pub(super) fn retry(&mut self, now: Duration) {
-        if self.retry_at.is_some_and(|at| at <= now) {
+        if self.retry_at.is_some_and(|at| *at <= now) {
             self.retry_at = None;
             while let Some(chunk) = self.failed.take_next(ChunkId(0)) {
                 if self.view_of(chunk) == Some(View::Pending) {
@@ -361,7 +363,7 @@ impl Push {
     }
 
     pub(super) fn progress(&self) -> Progress {
-        self.progress
+        *self.progress
     }
 
     fn count_sent(&mut self, chunk: ChunkId, purpose: Purpose, body: &Body) {
@@ -457,7 +459,7 @@ impl SourceSession {
                     // Not at once again: the pending queue gets it back after a while.
                     self.push.pending.remove(chunk);
                     self.push.failed.insert(chunk);
-                    self.push.retry_at = Some(now + super::RETRY);
+                    self.push.retry_at = Some(Aside(now + super::RETRY));
                 } else {
                     self.send(Message::PullFailed { chunk, reason: Refusal::Io });
                 }
@@ -467,7 +469,7 @@ impl SourceSession {
 
     fn send_chunk(&mut self, now: Duration, chunk: ChunkId, version: Version, purpose: Purpose, body: Body) {
         if let Some(flight) = self.push.flights.get_mut(&chunk) {
-            flight.sent = Some((version, now));
+            flight.sent = Some((version, Aside(now)));
         }
         self.push.count_sent(chunk, purpose, &body);
         let (migration, epoch) = (self.params.hello.migration, self.epoch);
@@ -509,7 +511,7 @@ impl SourceSession {
         let Some(flight) = self.push.flights.get_mut(&chunk) else { return };
         match flight.sent {
             None => flight.purpose = purpose,
-            Some((_, at)) if flight.purpose == Purpose::Push || now >= at + RESEND_AFTER => {
+            Some((_, at)) if flight.purpose == Purpose::Push || now >= *at + RESEND_AFTER => {
                 self.begin_capture(chunk, purpose);
             }
             Some(_) => {}
