@@ -4,7 +4,15 @@
 //! It keeps two versions of everything: what this process sees (the page cache), and what a loss of power leaves.
 //! [`Disk::crash`] keeps what was synced; of the rest each write survives whole, in part, or not, and of the
 //! changes of names a prefix, as a journaling file system orders them. A killed process loses nothing: just open
-//! the folder again.
+//! the folder again. [`Disk::images`] goes through everything that a crash may leave, [`Disk::killed`] through what a
+//! kill may.
+//!
+//! A sync that failed is not made good by one that succeeds: the kernel has forgotten that those pages were dirty, so what
+//! was to be written then may survive a crash or not, for ever.
+
+mod images;
+
+pub use images::Wear;
 
 use super::medium::{Folder, Medium};
 use parking_lot::Mutex;
@@ -28,11 +36,40 @@ enum Change {
     SetLen(u64),
 }
 
+/// What a loss of power may do to a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hold {
+    /// Not synced.
+    Open,
+    /// A sync of it failed: no later one makes it durable.
+    Lost,
+    /// Synced; it waits here only because a lost change comes before it.
+    Kept,
+}
+
 #[derive(Debug, Default)]
 struct Inode {
     cached: Vec<u8>,
     durable: Vec<u8>,
-    unsynced: Vec<Change>,
+    unsynced: Vec<(Change, Hold)>,
+}
+
+impl Inode {
+    fn synced(&mut self) {
+        for (_, hold) in self.unsynced.iter_mut().filter(|(_, hold)| *hold == Hold::Open) {
+            *hold = Hold::Kept;
+        }
+        let lost = self.unsynced.iter().position(|(_, hold)| *hold == Hold::Lost);
+        for (change, _) in self.unsynced.drain(..lost.unwrap_or(self.unsynced.len())) {
+            apply(&mut self.durable, &change);
+        }
+    }
+
+    fn sync_failed(&mut self) {
+        for (_, hold) in self.unsynced.iter_mut().filter(|(_, hold)| *hold == Hold::Open) {
+            *hold = Hold::Lost;
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -42,8 +79,13 @@ struct State {
     durable_names: BTreeMap<String, usize>,
     unsynced_names: Vec<BTreeMap<String, usize>>,
     operations: u64,
+    syncs: u64,
     fault: Option<(u64, Fault)>,
+    /// Counts syncs alone.
+    sync_fault: Option<(u64, Fault)>,
     stopped: bool,
+    /// The change that the process was about to make when it was stopped.
+    cut: Option<(usize, Change)>,
 }
 
 /// The folder; clones are the same folder.
@@ -85,16 +127,33 @@ impl State {
             return Err(io::Error::other("the process is gone"));
         }
         self.operations += 1;
-        match self.fault {
-            Some((at, Fault::Errno(errno))) if at == self.operations => {
-                Err(io::Error::from_raw_os_error(errno))
-            }
-            Some((at, Fault::Stop)) if at == self.operations => {
+        let picked = self.fault.filter(|(at, _)| *at == self.operations);
+        self.fail(picked)
+    }
+
+    /// As [`step`](Self::step), for a sync.
+    fn step_sync(&mut self) -> io::Result<()> {
+        self.step()?;
+        self.syncs += 1;
+        let picked = self.sync_fault.filter(|(at, _)| *at == self.syncs);
+        self.fail(picked)
+    }
+
+    fn fail(&mut self, picked: Option<(u64, Fault)>) -> io::Result<()> {
+        match picked {
+            Some((_, Fault::Errno(errno))) => Err(io::Error::from_raw_os_error(errno)),
+            Some((_, Fault::Stop)) => {
                 self.stopped = true;
                 Err(io::Error::other("the process is gone"))
             }
-            _ => Ok(()),
+            None => Ok(()),
         }
+    }
+
+    /// No fault any more, and a process that lives.
+    fn healed(&mut self) {
+        (self.fault, self.sync_fault, self.cut) = (None, None, None);
+        self.stopped = false;
     }
 
     fn rename_all(&mut self, change: impl FnOnce(&mut BTreeMap<String, usize>)) {
@@ -117,11 +176,22 @@ impl Disk {
         state.fault = Some((at, fault));
     }
 
+    /// As [`fail_at`](Self::fail_at), but counts only syncs, of files and of the folder.
+    pub fn fail_at_sync(&self, at: u64, fault: Fault) {
+        let mut state = self.0.lock();
+        state.syncs = 0;
+        state.sync_fault = Some((at, fault));
+    }
+
+    /// Whether the process was stopped by a fault.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.0.lock().stopped
+    }
+
     /// Lets everything succeed again, as for the next process.
     pub fn heal(&self) {
-        let mut state = self.0.lock();
-        state.fault = None;
-        state.stopped = false;
+        self.0.lock().healed();
     }
 
     /// Number of changing operations since the last [`fail_at`](Self::fail_at).
@@ -142,8 +212,8 @@ impl Disk {
         state.unsynced_names.clear();
         state.names = state.durable_names.clone();
         for inode in &mut state.inodes {
-            for change in std::mem::take(&mut inode.unsynced) {
-                let fate = keep();
+            for (change, hold) in std::mem::take(&mut inode.unsynced) {
+                let fate = if hold == Hold::Kept { 2 } else { keep() };
                 match (fate % 3, change) {
                     (0, _) => {}
                     (1, Change::Write { offset, bytes }) => {
@@ -157,8 +227,7 @@ impl Disk {
             }
             inode.cached = inode.durable.clone();
         }
-        state.stopped = false;
-        state.fault = None;
+        state.healed();
     }
 
     /// Changes a byte of a file where it lies, as a failing disk does.
@@ -221,7 +290,7 @@ impl Folder for Disk {
 
     fn sync_dir(&self) -> io::Result<()> {
         let mut state = self.0.lock();
-        state.step()?;
+        state.step_sync()?;
         state.durable_names = state.names.clone();
         state.unsynced_names.clear();
         Ok(())
@@ -237,6 +306,9 @@ impl OpenFile {
         let mut state = self.disk.0.lock();
         let stepped = state.step();
         let stopped = state.stopped;
+        if stopped && state.cut.is_none() {
+            state.cut = Some((self.inode, change.clone()));
+        }
         let Some(inode) = state.inodes.get_mut(self.inode) else { return stepped };
         let change = match (&stepped, change) {
             (Ok(()), change) => change,
@@ -247,7 +319,7 @@ impl OpenFile {
             _ => return stepped,
         };
         apply(&mut inode.cached, &change);
-        inode.unsynced.push(change);
+        inode.unsynced.push((change, Hold::Open));
         stepped
     }
 }
@@ -268,13 +340,16 @@ impl Medium for OpenFile {
 
     fn sync(&self) -> io::Result<()> {
         let mut state = self.disk.0.lock();
-        state.step()?;
+        let stepped = state.step_sync();
+        let stopped = state.stopped;
         if let Some(inode) = state.inodes.get_mut(self.inode) {
-            for change in std::mem::take(&mut inode.unsynced) {
-                apply(&mut inode.durable, &change);
+            match &stepped {
+                Ok(()) => inode.synced(),
+                Err(_) if !stopped => inode.sync_failed(),
+                Err(_) => {}
             }
         }
-        Ok(())
+        stepped
     }
 
     fn len(&self) -> io::Result<u64> {

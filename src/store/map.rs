@@ -150,9 +150,8 @@ impl ChunkMap {
         settle: impl FnOnce(&Recovered) -> Result<(), StoreError>,
     ) -> Result<(Self, Recovered), StoreError> {
         let files = Generations::find(folder.as_ref())?;
-        let recovered = files.recover(folder.as_ref(), owner)?;
+        let (recovered, generation) = files.recover(folder.as_ref(), owner)?;
         settle(&recovered)?;
-        let generation = files.newest() + 1;
         let header = journal::Header { generation, boot: owner.boot, store: owner.store };
         let path = folder.path(&journal::name(generation));
         let journal = Journal::create(folder.as_ref(), &header).map_err(StoreError::io("write", &path))?;
@@ -381,7 +380,7 @@ impl ChunkMap {
 
 /// The map as [`ChunkMap::open`] would find it; nothing is changed.
 pub(super) fn look(folder: &dyn Folder, owner: Owner) -> Result<Recovered, StoreError> {
-    Generations::list(folder)?.recover(folder, owner)
+    Generations::list(folder)?.recover(folder, owner).map(|(recovered, _)| recovered)
 }
 
 /// Removes files of generations before `generation`; what cannot be removed now is ignored and removed at a later
@@ -426,11 +425,9 @@ impl Generations {
         Ok(Self { journals: of("journal."), checkpoints: of("checkpoint.") })
     }
 
-    fn newest(&self) -> u64 {
-        self.journals.iter().chain(&self.checkpoints).copied().max().unwrap_or(0)
-    }
-
-    fn recover(&self, folder: &dyn Folder, owner: Owner) -> Result<Recovered, StoreError> {
+    /// What the files say, and the generation that comes next. That is the number of a journal whose making was cut off, if
+    /// there is one, so that it is replaced: left behind, it would be a gap as soon as there is a newer one.
+    fn recover(&self, folder: &dyn Folder, owner: Owner) -> Result<(Recovered, u64), StoreError> {
         let missing = |name: &str| StoreError::corrupt(&folder.path(name), "it is missing");
         let base = *self.checkpoints.last().ok_or_else(|| missing("checkpoint"))?;
         let name = checkpoint::name(base);
@@ -448,6 +445,7 @@ impl Generations {
             runs.push(Run { first, count, ..Run::whole(count, ChunkState::Base) });
         }
         let journals = self.read_journals(folder, owner, base)?;
+        let next = base + journals.len() as u64;
         let host_crashed = journals.iter().any(|(journal, _)| journal.header.boot != owner.boot);
         let frames = sound_frames(&journals, header.first_seq, host_crashed)?;
         let mut commits = frames.iter().filter_map(|frame| match frame.content {
@@ -468,7 +466,7 @@ impl Generations {
             runs = drop_copies(runs);
         }
         let committed_handoff = (handoff != Epoch(0)).then_some(handoff);
-        Ok(Recovered { runs, host_crashed, committed_handoff })
+        Ok((Recovered { runs, host_crashed, committed_handoff }, next))
     }
 
     /// The journals from generation `base` on, each with its path.

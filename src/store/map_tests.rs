@@ -211,6 +211,24 @@ fn recovery_itself_may_crash_at_every_operation() {
     }
 }
 
+#[test]
+fn a_journal_cut_off_in_its_making_is_no_gap_when_the_recovery_is_cut_off_too() {
+    let disk = Disk::new();
+    let map = fresh(&disk);
+    map.note(&[nth(1)]).unwrap();
+    map.commit(map.position()).unwrap();
+    drop(map);
+    // A rotation had just made the name of journal 3 when the host went down.
+    disk.create(&journal::name(3)).unwrap();
+    disk.sync_dir().unwrap();
+    disk.crash(0);
+    // The next opening makes its journal, and has no space for its checkpoint.
+    disk.fail_at(5, Fault::Errno(libc::ENOSPC));
+    assert!(open(&disk, LATER).is_err());
+    disk.heal();
+    assert!(is_prefix(&open(&disk, LATER).unwrap().1, 1..=1));
+}
+
 proptest! {
     #[test]
     fn runs_of_the_daemon_after_one_another(lives in prop::collection::vec((1u64..40, any::<bool>(), any::<u64>()), 1..6)) {
@@ -362,8 +380,8 @@ fn a_failed_layer_sync_keeps_the_old_generations() {
 #[test]
 fn damage_is_told_from_a_torn_tail() {
     let newest = |disk: &Disk| {
-        let files = Generations::find(disk).unwrap();
-        (journal::name(files.newest()), checkpoint::name(files.newest()))
+        let newest = *Generations::find(disk).unwrap().journals.last().unwrap();
+        (journal::name(newest), checkpoint::name(newest))
     };
     let notes = |commit: bool| {
         let disk = Disk::new();

@@ -23,6 +23,7 @@ mod checkpoint;
 mod codec;
 mod error;
 pub mod fault;
+mod files;
 mod forced;
 mod journal;
 mod layer;
@@ -39,6 +40,7 @@ mod takeover;
 
 pub use base::{BaseError, BaseImage, BoxFuture};
 pub use error::{GrowError, StoreError};
+pub use files::Files;
 pub use forced::{Forced, utc};
 pub use layer::{Grain, Layer, LayerLook};
 pub use look::{Look, Missing, look, look_in};
@@ -177,10 +179,8 @@ impl Store {
         }
         let geometry = superblock.geometry()?;
         let layer = state.open_layer(superblock.layer_path.as_deref(), geometry.size(), params.cache)?;
-        let owner = map::Owner { store: superblock.store, boot, chunks: geometry.chunk_count() };
-        let (map, recovered) =
-            ChunkMap::open(state.folder(), owner, |found| settle(&layer, &geometry, found))?;
-        let record = RecordFile::open(state.folder().as_ref(), boot)?;
+        let files = Files::open(state.folder(), &superblock, boot, |found| settle(&layer, &geometry, found))?;
+        let Files { map, recovered, record, .. } = files;
         Ok(Self {
             layer,
             map,
@@ -472,13 +472,12 @@ fn create(
     if superblock.layer_path.is_none() {
         state.create_layer(size)?;
     }
-    let owner = map::Owner { store: superblock.store, boot, chunks: geometry.chunk_count() };
-    ChunkMap::create(state.folder(), owner, first)?;
-    RecordFile::open(state.folder().as_ref(), boot)?;
-    superblock.save(state.folder().as_ref())?;
+    Files::create(state.folder(), &superblock, boot, first)?;
     Ok((superblock, base))
 }
 
+#[cfg(test)]
+mod crash_tests;
 #[cfg(test)]
 mod growth_tests;
 

@@ -145,7 +145,7 @@ impl Superblock {
     ///
     /// # Errors
     /// [`StoreError::Io`]; the old superblock then stands.
-    pub(super) fn save(&self, folder: &dyn Folder) -> Result<(), StoreError> {
+    pub fn save(&self, folder: &dyn Folder) -> Result<(), StoreError> {
         let write = || {
             let bytes = self.encode()?;
             replace(folder, NAME, |file| file.write_at(&bytes, 0))

@@ -15,7 +15,7 @@ impl World {
     pub(crate) fn owner(&self) -> usize {
         let MigrationRecord::V1 { role, .. } = &self.side(SOURCE).record;
         let gone = matches!(role, RecordRole::Source(r)
-            if matches!(r.stage, SourceStage::Relinquished { .. } | SourceStage::Released));
+            if matches!(r.stage, SourceStage::Relinquished { .. } | SourceStage::Released { .. }));
         usize::from(gone)
     }
 
@@ -27,8 +27,8 @@ impl World {
         }
         let here = self.side(DESTINATION).volume.value(chunk, cell);
         let MigrationRecord::V1 { role, .. } = &source.record;
-        let gives =
-            matches!(role, RecordRole::Source(r) if r.stage != SourceStage::Released) && !source.data_lost;
+        let gives = matches!(role, RecordRole::Source(r) if !matches!(r.stage, SourceStage::Released { .. }))
+            && !source.data_lost;
         here.or_else(|| source.volume.value(chunk, cell).filter(|_| gives))
     }
 
@@ -93,7 +93,9 @@ impl World {
             Message::Synced { epoch } => {
                 epoch == durable && gives(|stage| stage == SourceStage::Relinquished { synced: true })
             }
-            Message::Released { epoch } => epoch == durable && gives(|stage| stage == SourceStage::Released),
+            Message::Released { epoch } => {
+                epoch == durable && gives(|stage| matches!(stage, SourceStage::Released { .. }))
+            }
             Message::Cancel => *role == RecordRole::Serving,
             Message::Prepared { epoch } => epoch == durable && takes(DestinationStage::Prepared),
             Message::Complete { epoch } => epoch == durable && takes(DestinationStage::Complete),

@@ -122,6 +122,8 @@ impl World {
                     self.see(Seen::StartDenied);
                 }
             }
+            // No disk comes back here, and no policy makes errors of a source that is away.
+            DestinationAction::Prune(_) | DestinationAction::FailWaiting(_) => {}
             DestinationAction::FailChunk { chunk, .. } => {
                 self.side_mut(DESTINATION).volume.chunk_mut(chunk).demanded = false;
                 self.see(Seen::LostByName);
@@ -240,7 +242,7 @@ impl World {
             RecordRole::Source(r) => match r.stage {
                 SourceStage::Relinquished { synced: now } => (s.granted, synced) = (epoch.0, now),
                 SourceStage::Offered => s.offered = epoch.0,
-                SourceStage::Pushing | SourceStage::Released => {}
+                SourceStage::Pushing | SourceStage::Released { .. } => {}
             },
             RecordRole::Destination(_) | RecordRole::Serving | RecordRole::Idle => {}
         }

@@ -101,7 +101,7 @@ impl World {
         let Some(session) = self.source() else { return false };
         let owner = destination.gate && destination.rings;
         match session.stage() {
-            SourceStage::Released => owner && destination.role == Role::Serving,
+            SourceStage::Released { .. } => owner && destination.role == Role::Serving,
             // What the source's host took with it is missed for ever; it is said by name.
             SourceStage::Relinquished { .. } => {
                 owner && source.data_lost && source.volume != destination.volume

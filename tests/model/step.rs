@@ -425,7 +425,7 @@ impl World {
                 less(&mut self.left.starts);
                 match &mut self.side_mut(SOURCE).role {
                     Role::Serving => self.side_mut(SOURCE).rings = true,
-                    Role::Source(session) if session.stage() != SourceStage::Released => {
+                    Role::Source(session) if !matches!(session.stage(), SourceStage::Released { .. }) => {
                         session.handle_rings_started(NOW);
                         self.side_mut(SOURCE).start_wait = true;
                     }

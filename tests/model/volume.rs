@@ -308,7 +308,7 @@ impl Volume {
     pub(crate) fn begin_capture(&self, chunk: ChunkId) -> Option<Reading> {
         let c = self.chunk(chunk);
         let mask = match c.state {
-            ChunkState::Modified => FULL,
+            ChunkState::Modified | ChunkState::Received => FULL,
             ChunkState::Base if !c.mask.is_empty() => c.mask,
             ChunkState::Zero => BlockMask::EMPTY,
             ChunkState::Base | ChunkState::Local | ChunkState::Remote | ChunkState::Installing => {
@@ -336,7 +336,7 @@ impl Volume {
 
     pub(crate) fn modified(&self) -> Vec<ChunkId> {
         let wanted = |chunk: &ChunkId| match self.chunk(*chunk).lasting() {
-            ChunkState::Modified | ChunkState::Zero => true,
+            ChunkState::Modified | ChunkState::Received | ChunkState::Zero => true,
             ChunkState::Base => !self.chunk(*chunk).mask.is_empty(),
             ChunkState::Local | ChunkState::Remote | ChunkState::Installing => false,
         };

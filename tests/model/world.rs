@@ -327,6 +327,7 @@ impl World {
             start_now: true,
             rings_running: s.rings,
             write_cache: s.write_cache,
+            unchanged: None,
         }
     }
 
@@ -353,6 +354,7 @@ impl World {
             epoch: s.epoch,
             virgin: s.virgin,
             released: false,
+            replica: None,
         }
     }
 }
