@@ -155,10 +155,17 @@ fn plans() -> Vec<Bounds> {
             reaches: &[Seen::Settled, Denied, StartDenied, LateStartRefused, Reclaimed],
             ..PLAIN
         },
+        // The guest goes on at the source, and stops again.
         Bounds {
             name: "minds",
-            left: Left { stops: 2, starts: 1, ..MOVE },
-            reaches: &[Seen::Settled, Denied, LateStartRefused, Reclaimed, Mismatch, LatePush],
+            left: Left { stops: 2, starts: 1, asks: 0, ..MOVE },
+            reaches: &[Reclaimed, Mismatch, LatePush],
+            ..PLAIN
+        },
+        Bounds {
+            name: "late failure",
+            left: Left { starts: 1, ..MOVE },
+            reaches: &[Seen::Settled, Denied, LateStartRefused, Reclaimed],
             ..PLAIN
         },
         Bounds {
@@ -178,7 +185,7 @@ fn plans() -> Vec<Bounds> {
             name: "precopy",
             strategy: Strategy::Precopy,
             holds: true,
-            left: Left { starts: 1, ..MOVE },
+            left: Left { starts: 1, writes: 0, ..MOVE },
             reaches: &[Seen::Settled, Reclaimed],
             ..PLAIN
         },

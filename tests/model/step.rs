@@ -373,6 +373,12 @@ impl World {
                 }
             }
             Job::SyncVolume(snapshot) => {
+                // An upkeep that still runs began before: what it will have made safe is older.
+                for job in self.side_mut(side).jobs.iter_mut().filter(|_| ok) {
+                    if let Job::Upkeep(older) = job {
+                        *older = None;
+                    }
+                }
                 self.now_safe(side, snapshot.filter(|_| ok));
                 if let Some(session) = self.destination_mut() {
                     session.handle_synced(NOW, ok);
