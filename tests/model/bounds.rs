@@ -164,7 +164,7 @@ fn plans() -> Vec<Bounds> {
         },
         Bounds {
             name: "late failure",
-            left: Left { starts: 1, ..MOVE },
+            left: BACK,
             reaches: &[Seen::Settled, Denied, LateStartRefused, Reclaimed],
             ..PLAIN
         },
@@ -271,6 +271,7 @@ fn long() -> Vec<Bounds> {
             unheld: true,
             ..name("long minds", Left { stops: 2, starts: 2, withdrawals: 1, ..MOVE })
         },
+        name("long late failure", Left { starts: 1, ..MOVE }),
         name("long cuts", Left { cuts: 2, ..BACK }),
         name("long cuts and write", Left { cuts: 2, starts: 1, ..MOVE }),
         name("long source dies", Left { crashes: [2, 0], ..BACK }),
