@@ -94,7 +94,11 @@ fn untouched(chunks: u32) -> Table {
 
 /// How a chunk that stood so before the host went down stands after it.
 fn after_host_crash(state: ChunkState) -> ChunkState {
-    if state == ChunkState::Local { ChunkState::Base } else { state }
+    match state {
+        ChunkState::Local => ChunkState::Base,
+        ChunkState::Received => ChunkState::Modified,
+        state => state,
+    }
 }
 
 /// What must be found of a table: checkpoints leave versions out.
