@@ -52,7 +52,7 @@ pub(super) enum Done {
     Captured { chunk: ChunkId, capture: Capture },
     /// A chunk was written.
     Installed { chunk: ChunkId, version: Version, installed: Installed },
-    /// Chunks were marked remote, or could not be.
+    /// Chunks were marked remote, or could not be, which is tried again.
     Marked(Result<(), String>),
     /// A chunk of the base image was fetched ahead of need.
     BaseFetched { chunk: ChunkId },

@@ -299,9 +299,15 @@ impl Jobs {
     pub(super) fn mark_remote(&mut self, first: ChunkId, run: u32) {
         self.marking = true;
         let transfer = Rc::clone(&self.transfer);
-        self.spawn(
-            async move { Done::Marked(transfer.mark_remote(first, run).await.map_err(|e| e.to_string())) },
-        );
+        let (inputs, number) = (self.inputs.clone(), self.run);
+        self.spawn(async move {
+            // A chunk that is not marked would be taken for good: it is tried again until it is.
+            while let Err(error) = transfer.mark_remote(first, run).await {
+                let _ = inputs.send(Input::Done(number, Done::Marked(Err(error.to_string()))));
+                tokio::time::sleep(RETRY_WRITE).await;
+            }
+            Done::Marked(Ok(()))
+        });
     }
 
     /// Whether chunks are being marked.

@@ -293,7 +293,7 @@ impl Node {
         if let Done::Persisted { .. } = done {
             self.jobs.persisted();
         }
-        if let Done::Marked(_) = done {
+        if let Done::Marked(Ok(())) = done {
             self.jobs.marked();
         }
         // No part of a migration.
@@ -349,7 +349,7 @@ impl Node {
                 }
             }
             Done::Marked(Ok(())) | Done::Resized(_) => {}
-            Done::Marked(Err(error)) => self.fault(&format!("chunks cannot be marked remote: {error}")),
+            Done::Marked(Err(error)) => self.fault(&format!("chunks cannot be marked remote yet: {error}")),
             Done::Wiped(result) => self.on_dropped(result, |session, ()| session.handle_wiped(now)),
             Done::Pruned(result) => {
                 self.on_dropped(result, |session, kept| session.handle_pruned(now, kept));
